@@ -1,0 +1,31 @@
+"""dilkern: Direct Imitation Learning losses without the logits."""
+
+import importlib.machinery
+import importlib.util
+import sys
+from pathlib import Path
+
+
+def _bind_checkout_kernels() -> None:
+    """Make `dilkern.kernels` importable from a checkout, where the folder lies beside the package.
+
+    Inert in an installed wheel. See docs/architecture.md for why `kernels/` has no __init__.py.
+    """
+    here = Path(__file__).resolve().parent
+    folder = here.parent / "kernels"
+    if (here / "kernels").is_dir() or not (here.parent / "setup.py").is_file():
+        return
+    name = f"{__name__}.kernels"
+    spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+    spec.submodule_search_locations = [str(folder)]
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    globals()["kernels"] = module
+
+
+_bind_checkout_kernels()
+
+from dilkern.logps import linear_logps  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["linear_logps"]

@@ -1,0 +1,1 @@
+"""The backends of the heavy op; see base.py for what they share."""

@@ -1,0 +1,284 @@
+"""The heavy op: log-probabilities of labels straight from hidden states and head.
+
+Everything of cost that dilkern does happens here, for every loss. Equations: docs/math.md.
+S sequences, L positions, T = S * L tokens (flat), N of them scored, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dilkern.backends import base as backends
+from dilkern.lm_head import Head, as_head, rebuild
+from dilkern.validation import (
+    check_hidden_and_labels,
+    check_label_values,
+    check_positive,
+    check_same_device,
+    reject,
+)
+
+
+@torch.library.custom_op("dilkern::linear_logps", mutates_args=())
+def _linear_logps(
+    hidden: Tensor,  # (T, D)
+    labels: Tensor,  # (T,)
+    head_tensors: Sequence[Tensor],
+    head_spec: str,
+    shift: int,  # 1: hidden row t-1 predicts label t
+    ignore_index: int,
+    backend: str,
+    workspace_bytes: int,
+    need_u: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return token_logps (T,), scored positions (N,), their logps and lse (N,), u (N, D)."""
+    head = rebuild(head_spec, head_tensors)
+    # The callers' autocast would round what is kept in fp32 here on purpose.
+    with torch.autocast(hidden.device.type, enabled=False):
+        scored = (labels != ignore_index).nonzero().squeeze(1)
+        targets = labels.index_select(0, scored).long()
+        check_label_values(targets, head.vocab_size, ignore_index)
+        result = backends.load(backend).forward(
+            hidden, scored - shift, targets, head, workspace_bytes=workspace_bytes, need_u=need_u
+        )
+        token_logps = result.logps.new_zeros(labels.shape).index_copy_(0, scored, result.logps)
+    return token_logps, scored, result.logps, result.lse, result.u
+
+
+@_linear_logps.register_fake
+def _(
+    hidden, labels, head_tensors, head_spec, shift, ignore_index, backend, workspace_bytes, need_u
+):  # type: ignore[no-untyped-def]
+    num_scored = torch.library.get_ctx().new_dynamic_size()
+    acc = backends.accumulation_dtype(hidden.dtype)
+    u_dtype = acc if hidden.dtype is torch.float16 else hidden.dtype
+    return (
+        hidden.new_empty(labels.shape, dtype=acc),
+        labels.new_empty(num_scored, dtype=torch.int64),
+        hidden.new_empty(num_scored, dtype=acc),
+        hidden.new_empty(num_scored, dtype=acc),
+        hidden.new_empty(num_scored if need_u else 0, hidden.shape[1], dtype=u_dtype),
+    )
+
+
+@torch.library.custom_op("dilkern::linear_logps_hidden_backward", mutates_args=())
+def _hidden_backward(
+    grad: Tensor,  # (T,)
+    token_logps: Tensor,  # (T,), unread: ties the result to the graph, so double backward is refused
+    scored: Tensor,  # (N,)
+    u: Tensor,  # (N, D)
+    shift: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """grad_hidden_i = g_i u_i (8), zero for rows that are not scored."""
+    with torch.autocast(grad.device.type, enabled=False):
+        rows = (grad.index_select(0, scored).unsqueeze(1) * u).to(dtype)
+        return rows.new_zeros(grad.shape[0], u.shape[1]).index_copy_(0, scored - shift, rows)
+
+
+@_hidden_backward.register_fake
+def _(grad, token_logps, scored, u, shift, dtype):  # type: ignore[no-untyped-def]
+    return u.new_empty(grad.shape[0], u.shape[1], dtype=dtype)
+
+
+@torch.library.custom_op("dilkern::linear_logps_head_backward", mutates_args=())
+def _head_backward(
+    grad: Tensor,  # (T,)
+    token_logps: Tensor,  # (T,), unread: as above
+    hidden: Tensor,  # (T, D)
+    labels: Tensor,  # (T,)
+    scored: Tensor,  # (N,)
+    logps: Tensor,  # (N,)
+    lse: Tensor,  # (N,)
+    head_tensors: Sequence[Tensor],
+    head_spec: str,
+    needed: Sequence[bool],
+    shift: int,
+    backend: str,
+    workspace_bytes: int,
+) -> list[Tensor]:
+    """Return one gradient per head tensor, empty where none is needed."""
+    head = rebuild(head_spec, head_tensors)
+    with torch.autocast(hidden.device.type, enabled=False):
+        gradients = backends.load(backend).head_backward(
+            hidden,
+            scored - shift,
+            labels.index_select(0, scored).long(),
+            head,
+            logps,
+            lse,
+            grad.index_select(0, scored),
+            needed=needed,
+            workspace_bytes=workspace_bytes,
+        )
+    return [t.new_empty(0) if g is None else g for t, g in zip(head_tensors, gradients)]
+
+
+@_head_backward.register_fake
+def _(
+    grad, token_logps, hidden, labels, scored, logps, lse, head_tensors, head_spec, needed, *rest
+):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(t) if n else t.new_empty(0) for t, n in zip(head_tensors, needed)]
+
+
+def _refuse_double_backward(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "dilkern.linear_logps has no second derivative: its first one is a saved constant. "
+        "Drop `create_graph=True`, or use dilkern.reference for small problems."
+    )
+
+
+def _no_context(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+_hidden_backward.register_autograd(_refuse_double_backward, setup_context=_no_context)
+_head_backward.register_autograd(_refuse_double_backward, setup_context=_no_context)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    hidden, labels, head_tensors, head_spec, shift, _, backend, workspace_bytes, _ = inputs
+    token_logps, scored, logps, lse, u = output
+    ctx.mark_non_differentiable(scored, logps, lse, u)
+    ctx.set_materialize_grads(False)
+    ctx.head_needs = [t.requires_grad for t in head_tensors]
+    ctx.options = (head_spec, shift, backend, workspace_bytes)
+    ctx.dtype, ctx.num_head_tensors = hidden.dtype, len(head_tensors)
+    # With a frozen head u replaces the hidden states as the saved tensor.
+    extra = (hidden, labels, logps, lse, *head_tensors) if any(ctx.head_needs) else ()
+    ctx.save_for_backward(token_logps, scored, u, *extra)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+    head_grads: list[Tensor | None] = [None] * ctx.num_head_tensors
+    grad_hidden = None
+    if grad is not None:
+        token_logps, scored, u, *extra = ctx.saved_tensors
+        head_spec, shift, backend, workspace_bytes = ctx.options
+        if ctx.needs_input_grad[0]:
+            grad_hidden = _hidden_backward(grad, token_logps, scored, u, shift, ctx.dtype)
+        if any(ctx.head_needs):
+            hidden, labels, logps, lse, *head_tensors = extra
+            computed = _head_backward(
+                grad,
+                token_logps,
+                hidden,
+                labels,
+                scored,
+                logps,
+                lse,
+                head_tensors,
+                head_spec,
+                ctx.head_needs,
+                shift,
+                backend,
+                workspace_bytes,
+            )
+            head_grads = [g if n else None for g, n in zip(computed, ctx.head_needs)]
+    return grad_hidden, None, head_grads, None, None, None, None, None, None
+
+
+_linear_logps.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _compute_dtype(hidden_states: Tensor, head: Head) -> torch.dtype:
+    """The autocast dtype where autocast is on, else the common dtype of states and head."""
+    device_type = hidden_states.device.type
+    if torch.is_autocast_enabled(device_type) and hidden_states.dtype is not torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    for tensor in head.tensors():
+        if tensor.is_floating_point() and tensor.dtype != hidden_states.dtype:
+            reject(
+                "`hidden_states` and `lm_head` must have one dtype outside autocast",
+                f"hidden_states {hidden_states.dtype}, lm_head {tensor.dtype}",
+                "Convert one of them, or run under torch.autocast.",
+            )
+    return hidden_states.dtype
+
+
+def linear_logps(
+    hidden_states: Tensor,  # (S, L, D) or (T, D)
+    lm_head: Any,
+    labels: Tensor,  # (S, L) or (T,)
+    *,
+    shift: bool = False,
+    ignore_index: int = -100,
+    backend: str = "auto",
+    workspace_mib: float = 256,
+) -> Tensor:
+    r"""Compute the log-probability of each label without holding the logits.
+
+    $\log p(y_t) = z_{t,y_t} - \log \sum_v e^{z_{t,v}}$ with $z_t = W h_t$ (docs/math.md, 1-3).
+    The same pass over the vocabulary yields $u_t = \partial \log p(y_t) / \partial h_t$, so that with
+    a frozen head backward is the product $g_t u_t$, for any loss of the token log-probs.
+
+    Args:
+        hidden_states: (S, L, D) or (T, D), float32, bfloat16, float16 (float64 for tests): the last
+            hidden layer, after the final norm.
+        lm_head: a (V, D) tensor, an `nn.Linear`, or a `dilkern.lm_head.Head`. If it requires grad, its
+            gradient is computed by one recompute pass in backward.
+        labels: (S, L) or (T,), integers in [0, V) or `ignore_index`.
+        shift: False: row t is scored against label t. True: labels are aligned with input_ids as
+            Hugging Face gives them, so row t-1 is scored against label t within each sequence (a
+            (T,) input is one sequence), and the first label is not scored.
+        ignore_index: the label that is not scored; such rows never reach the head.
+        backend: "auto", "torch" or "triton".
+        workspace_mib: the most temporary memory in MiB, beside O(T D) for results and u.
+
+    Returns:
+        token_logps: float32 (float64 for float64 inputs), the shape of `labels`, in nats; entry t
+        belongs to label t in both settings of `shift`; 0 where a label is ignored.
+
+    Raises:
+        ValueError: shapes, dtypes, devices that do not fit; a label outside [0, V); a backend that
+            cannot run; a workspace too small for one token.
+        RuntimeError: on double backward.
+
+    Numerics: logits, statistics and accumulation in fp32; same inputs, same bits, with or without
+    gradient; NaN and Inf propagate. One device sync (which positions are scored). Under autocast the
+    products take operands of the autocast dtype.
+
+    Memory: `workspace_mib` + u (N, D) when hidden states require grad; never (T, V).
+
+    Example:
+        >>> import torch
+        >>> from dilkern import linear_logps
+        >>> hidden_states, weight = torch.randn(5, 8), torch.randn(11, 8)
+        >>> labels = torch.tensor([1, 4, -100, 10, 0])
+        >>> token_logps = linear_logps(hidden_states, weight, labels)
+        >>> full = (hidden_states @ weight.T).log_softmax(-1)
+        >>> bool(torch.allclose(token_logps[0], full[0, 1], atol=1e-5)), token_logps[2].item()
+        (True, 0.0)
+    """
+    head = as_head(lm_head)
+    check_hidden_and_labels(hidden_states, labels)
+    check_positive("workspace_mib", workspace_mib)
+    if hidden_states.shape[-1] != head.hidden_size:
+        reject(
+            "`hidden_states` and `lm_head` must agree in the hidden size",
+            f"hidden_states D={hidden_states.shape[-1]}, lm_head D={head.hidden_size}",
+            "Pass the head of the model that made these hidden states.",
+        )
+    for tensor in head.tensors():
+        check_same_device("lm_head", tensor, "hidden_states", hidden_states)
+    backend = backends.resolve(backend, hidden_states.device)
+    hidden = head.project(hidden_states.to(_compute_dtype(hidden_states, head)))
+    if shift:
+        labels = labels.clone()
+        labels[..., :1] = ignore_index
+    token_logps, *_ = _linear_logps(
+        hidden.reshape(-1, hidden.shape[-1]),
+        labels.reshape(-1),
+        head.tensors(),
+        head.spec(),
+        int(shift),
+        ignore_index,
+        backend,
+        int(workspace_mib * 2**20),
+        torch.is_grad_enabled() and hidden.requires_grad,
+    )
+    return token_logps.reshape(labels.shape)

@@ -1,0 +1,121 @@
+"""Checks on what callers pass in. Every message states the rule, what came, and the remedy.
+
+S sequences, L positions, T tokens (flat), D hidden size, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INT_DTYPES = (torch.int64, torch.int32)
+
+
+def reject(rule: str, received: str, remedy: str) -> NoReturn:
+    """Raise the ValueError that every check of dilkern raises."""
+    raise ValueError(f"{rule}; received {received}. {remedy}")
+
+
+def shape_of(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}"
+
+
+def check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        reject(f"`{name}` must be a torch.Tensor", type(value).__name__, "Convert it to a tensor.")
+
+
+def check_float(name: str, value: Any) -> None:
+    check_tensor(name, value)
+    if value.dtype not in FLOAT_DTYPES:
+        reject(
+            f"`{name}` must be float32, bfloat16, float16 or float64",
+            str(value.dtype),
+            f"Convert with `{name}.to(torch.bfloat16)` or the dtype of your model.",
+        )
+
+
+def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        reject(
+            f"`{name}` and `{other_name}` must be on one device",
+            f"{name} on {value.device}, {other_name} on {other.device}",
+            f"Move one of them: `{name}.to({str(other.device)!r})`.",
+        )
+
+
+def check_hidden_and_labels(hidden_states: Any, labels: Any) -> None:
+    """hidden_states (S, L, D) with labels (S, L), or (T, D) with labels (T,)."""
+    check_float("hidden_states", hidden_states)
+    check_tensor("labels", labels)
+    if hidden_states.dim() not in (2, 3):
+        reject(
+            "`hidden_states` must have shape (S, L, D) or (T, D)",
+            shape_of(hidden_states),
+            "Pass the last hidden layer of the model, before the lm_head.",
+        )
+    if labels.dtype not in INT_DTYPES:
+        reject("`labels` must be int64 or int32", str(labels.dtype), "Use `labels.long()`.")
+    if labels.shape != hidden_states.shape[:-1]:
+        reject(
+            "`labels` must have the shape of `hidden_states` without its last dimension",
+            f"labels {tuple(labels.shape)}, hidden_states {tuple(hidden_states.shape)}",
+            "Pass labels aligned with input_ids and let `shift=True` pair position t-1 with "
+            "label t; do not slice one of the two.",
+        )
+    check_same_device("labels", labels, "hidden_states", hidden_states)
+
+
+def check_label_values(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """labels (N,): the scored ones only, ignore_index already removed. One device sync."""
+    if labels.numel() == 0:
+        return
+    low, high = torch.stack(torch.aminmax(labels)).tolist()
+    if low < 0 or high >= vocab_size:
+        reject(
+            f"every label must be in [0, {vocab_size}) or equal to ignore_index={ignore_index}",
+            f"a label of {low if low < 0 else high}",
+            "Mask prompt and padding with ignore_index, and check that the tokenizer belongs to "
+            "this lm_head (added tokens need `model.resize_token_embeddings`).",
+        )
+
+
+def check_cu_seqlens(cu_seqlens: Any, labels: Tensor) -> None:
+    """cu_seqlens (S+1,), 0 = first <= ... <= last = T, for packed labels (T,)."""
+    check_tensor("cu_seqlens", cu_seqlens)
+    if labels.dim() != 1:
+        reject(
+            "`cu_seqlens` goes with packed labels of shape (T,)",
+            f"labels {tuple(labels.shape)}",
+            "Drop `cu_seqlens` for padded (S, L) batches, or flatten the batch.",
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in INT_DTYPES:
+        reject(
+            "`cu_seqlens` must be an integer tensor of shape (S+1,) with S >= 1",
+            f"{shape_of(cu_seqlens)}, {cu_seqlens.dtype}",
+            "Pass cumulative sequence lengths, e.g. tensor([0, 5, 9]) for lengths 5 and 4.",
+        )
+    check_same_device("cu_seqlens", cu_seqlens, "labels", labels)
+    if not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        ordered = all(a <= b for a, b in zip(bounds, bounds[1:]))
+        if bounds[0] != 0 or bounds[-1] != labels.numel() or not ordered:
+            reject(
+                f"`cu_seqlens` must rise from 0 to T={labels.numel()}",
+                f"{bounds[:8]}{'...' if len(bounds) > 8 else ''}",
+                "Build it with `torch.cumsum` over the lengths, with a leading 0.",
+            )
+
+
+def check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        reject(f"`{name}` must be a number > 0", repr(value), f"Pass e.g. {name}=1.0.")
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    if value not in choices:
+        known = ", ".join(sorted(map(str, choices)))
+        reject(f"`{name}` must be one of: {known}", repr(value), "Choose one of these.")
