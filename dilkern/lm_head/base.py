@@ -52,6 +52,11 @@ class Head:
         """Restore the head; what it returns from then on lies on `device`."""
         raise NotImplementedError
 
+    @property
+    def width(self) -> int:
+        """The columns of a block: D, and more where `project` widens the hidden states."""
+        return self.hidden_size
+
     def strict_dtypes(self) -> list[torch.dtype]:
         """Return the dtypes that hidden states must have outside autocast (none: any will do)."""
         return []
@@ -248,6 +253,11 @@ class DenseHead(WeightHead):
     @property
     def weight(self) -> Tensor:
         return self.stored[0]
+
+    @property
+    def width(self) -> int:
+        """The columns of a block: D, and more where `project` widens the hidden states."""
+        return self.hidden_size
 
     def strict_dtypes(self) -> list[torch.dtype]:
         return [t.dtype for t in self.tensors()]

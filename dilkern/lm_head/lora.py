@@ -69,22 +69,26 @@ class LoRAHead(Head):
             self._columns.append(adapter.b)
             if adapter.bias is not None:
                 self._columns.append(adapter.bias)
-        used = base.hidden_size + sum(_width(column) for column in self._columns)
+        used = base.width + sum(_width(column) for column in self._columns)
         self._finish(-(-used // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE)
         if disabled:
             self._columns = []
 
     def _finish(self, width: int) -> None:
-        self._projected = width
+        self._width = width
         self.vocab_size, self.hidden_size = self.base.vocab_size, self.base.hidden_size
         self.scale, self.softcap = self.base.scale, self.base.softcap
+
+    @property
+    def width(self) -> int:
+        return self._width
 
     def tensors(self) -> list[Tensor]:
         return [*self._columns, *self.base.tensors()]
 
     def spec(self) -> str:
         return (
-            f'{{"kind": "lora", "columns": {len(self._columns)}, "width": {self._projected}, '
+            f'{{"kind": "lora", "columns": {len(self._columns)}, "width": {self._width}, '
             f'"base": {self.base.spec()}}}'
         )
 
@@ -111,13 +115,13 @@ class LoRAHead(Head):
             if adapter.bias is not None:
                 parts.append(low.new_full((*low.shape[:-1], 1), adapter.scaling).to(parts[0].dtype))
         used = sum(part.shape[-1] for part in parts)
-        parts.append(hidden_states.new_zeros(*hidden_states.shape[:-1], self._projected - used))
+        parts.append(hidden_states.new_zeros(*hidden_states.shape[:-1], self._width - used))
         return torch.cat(parts, -1)
 
     def _append(self, base: Tensor, columns: Sequence[Tensor]) -> Tensor:
-        out = base.new_zeros(base.shape[0], self._projected)
-        out[:, : self.hidden_size] = base
-        left = self.hidden_size
+        out = base.new_zeros(base.shape[0], self._width)
+        left = self.base.width
+        out[:, :left] = base
         for column in columns:
             out[:, left : left + _width(column)] = column if column.dim() == 2 else column[:, None]
             left += _width(column)
@@ -135,15 +139,15 @@ class LoRAHead(Head):
         return self.base.bias()
 
     def gradient_columns(self, needed: Sequence[bool]) -> slice:
-        if self.base.gradient_columns(needed[len(self._columns) :]) == slice(None):
+        if self.base.gradient_columns(needed[len(self._columns) :]) != slice(0, 0):
             return slice(None)
-        return slice(self.hidden_size, None)  # a frozen base: saves 2 N V D of the recompute pass
+        return slice(self.base.width, None)  # a frozen base: saves 2 N V D of the recompute pass
 
     def add_block_gradient(
         self, gradients: list[Tensor | None], start: int, end: int, d_weight: Tensor, d_bias: Tensor
     ) -> None:
-        skipped = self._projected - d_weight.shape[1]
-        left = self.hidden_size - skipped
+        skipped = self._width - d_weight.shape[1]
+        left = self.base.width - skipped
         self.base.add_block_gradient(
             gradients[len(self._columns) :], start, end, d_weight[:, :left], d_bias
         )
