@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dilkern.lm_head.base import Head, restore
 from dilkern.lm_head.sharded import whole
-from dilkern.validation import check_float, reject, shape_of
+from dilkern.validation import check_float, name_of, reject, shape_of
 
 # Width D + r is rounded up to this: rows of 16-bit blocks then start at 32-byte boundaries, which
 # the kernels need in order to load asynchronously.
@@ -186,7 +186,7 @@ def lora_head(module: Any, read: Callable[[Any], Head]) -> Head:
         if name in module.lora_variant:
             reject(
                 "LoRA on the lm_head must be plain LoRA",
-                f"adapter {name!r} of {_name(module)} with "
+                f"adapter {name!r} of {name_of(module)} with "
                 f"{type(module.lora_variant[name]).__name__}",
                 "Train the lm_head with use_dora=False and no other variant, merge the adapter, or "
                 "leave the lm_head out of `target_modules`.",
@@ -195,7 +195,7 @@ def lora_head(module: Any, read: Callable[[Any], Head]) -> Head:
         if getattr(dropout, "p", 0.0) and dropout.training and not module.disable_adapters:
             reject(
                 "LoRA on the lm_head must have no dropout in training",
-                f"adapter {name!r} of {_name(module)} with lora_dropout={dropout.p}",
+                f"adapter {name!r} of {name_of(module)} with lora_dropout={dropout.p}",
                 "Use lora_dropout=0, or leave the lm_head out of `target_modules`.",
             )
         a, b = module.lora_A[name].weight, module.lora_B[name]
@@ -204,7 +204,3 @@ def lora_head(module: Any, read: Callable[[Any], Head]) -> Head:
     if not adapters:
         return base
     return LoRAHead(base, adapters, disabled=bool(module.disable_adapters))
-
-
-def _name(module: Any) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dilkern.lm_head.base import Head, HeadSource
-from dilkern.lm_head.modules import as_head, module_name, unwrap
-from dilkern.validation import check_positive, reject
+from dilkern.lm_head.modules import as_head, unwrap
+from dilkern.validation import check_positive, name_of, reject
 
 # What a config may say of its logits. Models disagree on whether a number multiplies or divides
 # (`logits_scaling` divides in Granite and multiplies in HyperCLOVA-X), and some carry one that they
@@ -74,7 +74,7 @@ class LMHead(HeadSource):
         if embeddings is None or backbone is causal:
             reject(
                 "the model must have an lm_head and a backbone under it",
-                f"{module_name(causal)} with get_output_embeddings() = {type(embeddings).__name__}",
+                f"{name_of(causal)} with get_output_embeddings() = {type(embeddings).__name__}",
                 "Pass a transformers causal LM, or `as_head(...)` of its head.",
             )
         hidden, want = _probe(causal, backbone, embeddings)
@@ -92,7 +92,7 @@ class LMHead(HeadSource):
         if not error <= tolerance:
             reject(
                 "the model's logits must be those of its lm_head under a known scale and softcap",
-                f"{module_name(causal)}, off by {error:.2g} of the largest logit under the best of "
+                f"{name_of(causal)}, off by {error:.2g} of the largest logit under the best of "
                 f"its config's {', '.join((*SCALE_NAMES, *SOFTCAP_NAMES))}",
                 "Its transform is unknown here: pass `as_head(lm_head, scale=..., softcap=...)` "
                 "if it is of that form.",
@@ -167,7 +167,7 @@ def _probe(causal: Any, backbone: Any, embeddings: nn.Module) -> tuple[Tensor, T
     if not fed:
         reject(
             "the model must call its backbone as a module",
-            f"{module_name(causal)}, whose {module_name(backbone)} was not called",
+            f"{name_of(causal)}, whose {name_of(backbone)} was not called",
             "Pass `as_head(lm_head, scale=..., softcap=...)`.",
         )
     return fed[0], logits.reshape(-1, logits.shape[-1]).to(fed[0].device)

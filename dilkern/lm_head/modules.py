@@ -15,7 +15,7 @@ from dilkern.lm_head.base import DenseHead, Head, HeadSource
 from dilkern.lm_head.lora import lora_head
 from dilkern.lm_head.quantized import eight_bit_head, four_bit_head
 from dilkern.lm_head.sharded import whole
-from dilkern.validation import reject
+from dilkern.validation import name_of, reject
 
 Reader = Callable[..., Head]
 
@@ -40,8 +40,6 @@ def _modules_to_save(module: Any, **transforms: float) -> Head:
 READERS: dict[str, Reader] = {
     "torch.nn.modules.linear.Linear": _linear,
     "bitsandbytes.nn.modules.Linear4bit": four_bit_head,
-    "bitsandbytes.nn.modules.LinearNF4": four_bit_head,
-    "bitsandbytes.nn.modules.LinearFP4": four_bit_head,
     "bitsandbytes.nn.modules.Linear8bitLt": eight_bit_head,
     "peft.tuners.lora.layer.Linear": _lora,
     "peft.tuners.lora.bnb.Linear4bit": _lora,
@@ -50,26 +48,18 @@ READERS: dict[str, Reader] = {
 }
 
 
-def module_name(module: Any) -> str:
-    """Return the full name of the module's class, as its author wrote it.
-
-    `fully_shard` and `parametrize` put a class of their own in front, which changes no forward.
-    """
-    for cls in type(module).__mro__:
-        if not cls.__module__.startswith(("torch.distributed.", "torch.nn.utils.parametrize")):
-            return f"{cls.__module__}.{cls.__qualname__}"
-    return type(module).__qualname__
-
-
 def _reader(module: Any) -> Reader | None:
-    reader = READERS.get(module_name(module))
-    if (
-        reader is None
-        and isinstance(module, nn.Linear)
-        and type(module).forward is nn.Linear.forward
-    ):
-        return _linear  # a subclass that changes nothing of the product
-    return reader
+    """Return the reader of the nearest known class whose forward the module still has.
+
+    So a subclass that changes nothing of the product is known too, as are the classes that
+    `fully_shard` and `parametrize` put in front.
+    """
+    kind: Any = type(module)
+    for cls in kind.__mro__:
+        reader = READERS.get(f"{cls.__module__}.{cls.__qualname__}")
+        if reader is not None and kind.forward is cls.forward:
+            return reader
+    return None
 
 
 def unwrap(model: Any) -> Any:
@@ -109,17 +99,17 @@ def as_head(lm_head: Any, *, scale: float = 1.0, softcap: float = 0.0) -> Head:
     if isinstance(lm_head, Tensor):
         return DenseHead(whole(lm_head), scale=scale, softcap=softcap)
     reader = _reader(lm_head)
-    if reader is None or not isinstance(lm_head, nn.Module):
+    if reader is None:
         reject(
             "`lm_head` must be a (V, D) tensor, a dilkern Head, or a module of one of the types "
             f"{', '.join(READERS)}",
-            module_name(lm_head),
+            name_of(lm_head),
             "Pass its dense weight, or subclass dilkern.lm_head.Head for it.",
         )
     if any(p.device.type == "meta" for p in lm_head.parameters()):
         reject(
             "the lm_head must hold its weights",
-            f"{module_name(lm_head)} on the meta device",
+            f"{name_of(lm_head)} on the meta device",
             "accelerate's CPU or disk offload keeps them elsewhere; leave the lm_head out of it "
             "(a weight on the CPU is streamed).",
         )

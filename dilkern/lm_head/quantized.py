@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from dilkern.lm_head.base import WeightHead
-from dilkern.validation import FLOAT_DTYPES, reject
+from dilkern.lm_head.sharded import whole
+from dilkern.validation import FLOAT_DTYPES, name_of, reject
 
 _DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES}
 # A block is decoded in quarters, so that the temporaries (some 10 bytes per element) stay within
@@ -201,7 +202,7 @@ def four_bit_head(module: Any, *, scale: float, softcap: float) -> FourBitHead:
     Raises:
         ValueError: not yet quantised, or repacked for CPU inference.
     """
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    name = name_of(module)
     weight = module.weight
     state = getattr(weight, "quant_state", None) or module.quant_state
     if state is None:
@@ -219,7 +220,7 @@ def four_bit_head(module: Any, *, scale: float, softcap: float) -> FourBitHead:
         )
     nested = [state.state2.code, state.state2.absmax, state.offset] if state.nested else []
     four_bit = FourBit(
-        packed=weight.data.reshape(-1).view(torch.uint8),
+        packed=whole(weight.data).reshape(-1).view(torch.uint8),
         code=state.code,
         absmax=state.absmax,
         nested=nested,
@@ -237,7 +238,7 @@ def eight_bit_head(module: Any, *, scale: float, softcap: float) -> EightBitHead
     Raises:
         ValueError: not yet quantised, or quantised anew at every step (`has_fp16_weights`).
     """
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    name = name_of(module)
     weight, state = module.weight, module.state
     if state.has_fp16_weights:
         reject(

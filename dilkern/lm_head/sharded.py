@@ -6,7 +6,7 @@ T tokens (flat), V vocabulary size (all ranks), D hidden size.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -136,8 +136,8 @@ class VocabParallelHead(Head):
         sizes: list[Any] = [None] * torch.distributed.get_world_size(group)
         torch.distributed.all_gather_object(sizes, local.vocab_size, group=group)
         self.local, self._group = local, group
-        self._first = sum(sizes[: torch.distributed.get_rank(group)])
-        self._total = sum(sizes)
+        self._first: int = sum(sizes[: torch.distributed.get_rank(group)])
+        self._total: int = sum(sizes)
         self.vocab_size, self.hidden_size = local.vocab_size, local.hidden_size
         self.scale, self.softcap = local.scale, local.softcap
 
@@ -145,7 +145,7 @@ class VocabParallelHead(Head):
         return self.local.tensors()
 
     def spec(self) -> str:
-        return self.local.spec()  # inside the op it is the local head
+        return self.local.spec()  # the op sees the local head, which has all that backends ask for
 
     def strict_dtypes(self) -> list[torch.dtype]:
         return self.local.strict_dtypes()
@@ -172,6 +172,7 @@ class VocabParallelHead(Head):
         targets = labels.index_select(0, scored)
         mine = self._mine(targets)
         local = torch.where(mine, targets - self._first, 0)
+        full = token_logps.new_zeros(token_logps.shape)
         with torch.autocast(hidden.device.type, enabled=False):
             rows = self.local.gather(local, hidden.dtype).to(token_logps.dtype)
             raw = torch.linalg.vecdot(hidden.index_select(0, scored - shift).to(rows.dtype), rows)
@@ -181,17 +182,4 @@ class VocabParallelHead(Head):
             merged: Tensor = _MergeShards.apply(
                 token_logps.index_select(0, scored), self.transform(raw), mine, self._group
             )
-            token_logps = token_logps.new_zeros(token_logps.shape)
-            return token_logps.index_copy(0, scored, merged)
-
-    def gather(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.local.gather(ids, dtype)
-
-    def block(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
-        return self.local.block(start, end, dtype)
-
-    def bias(self) -> Tensor | None:
-        return self.local.bias()
-
-    def gradient_columns(self, needed: Sequence[bool]) -> slice:
-        return self.local.gradient_columns(needed)
+        return full.index_copy(0, scored, merged)

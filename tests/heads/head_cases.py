@@ -1,7 +1,7 @@
 """What the head tests share: problems, the naive truth, and the one comparison.
 
-Truth is fp64 autograd over the full logits of the dense-equivalent weight. In 16 bits the error may be
-at most twice that of PyTorch in the same dtype, plus the rounding of the result's own format.
+Truth is fp64 autograd over the full logits of the dense-equivalent weight. In 16 bits the error may
+be at most twice that of PyTorch in the same dtype, plus the rounding of the result's own format.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DenseParts = Callable[[], tuple[Tensor, Tensor | None]]
 def problem(
     dtype: torch.dtype = torch.float64, *, vocab_size: int = V, hidden_size: int = D
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hidden states (T, D) that require grad, labels (T,) with ignored ones, upstream g (T,)."""
+    """Return hidden states (T, D) that require grad, labels (T,), two ignored, and g (T,)."""
     hidden = torch.randn(T, hidden_size, dtype=torch.float64).to(dtype).requires_grad_()
     labels = torch.randint(0, vocab_size, (T,))
     labels[[0, 7]] = -100

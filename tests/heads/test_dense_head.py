@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from head_cases import D, T, V, check_budget, check_exact, gather_logps, naive_logits, problem, results
+from head_cases import (
+    D,
+    T,
+    V,
+    check_budget,
+    check_exact,
+    gather_logps,
+    naive_logits,
+    problem,
+    results,
+)
 from torch import nn
 
 from dilkern import linear_logps

@@ -1,4 +1,4 @@
-"""LoRA on the head: real PEFT layers over dense, 4-bit and 8-bit weights, in every state they have."""
+"""LoRA on the head: real PEFT layers over dense, 4-bit and 8-bit weights, in every state."""
 
 import math
 
@@ -33,7 +33,7 @@ def base_linear(kind, bias=False):
 
 
 def base_weight(linear):
-    """The dense-equivalent fp64 weight, as the differentiable parameter itself where it is dense."""
+    """The dense-equivalent fp64 weight; the parameter itself where it is dense."""
     if type(linear).__name__ == "Linear4bit":
         return recipe(linear).double()
     if type(linear).__name__ == "Linear8bitLt":

@@ -1,4 +1,4 @@
-"""LMHead.from_model on real transformers models (tiny, from config), plain, under PEFT, in 4 bits."""
+"""LMHead.from_model on real transformers models (tiny, from config), under PEFT, in 4 bits."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""bitsandbytes 4-bit and 8-bit heads: bits of the decode, gradients, precision, memory of a block."""
+"""bitsandbytes 4-bit and 8-bit heads: bits of the decode, gradients, precision."""
 
 import pytest
 import torch
@@ -60,9 +60,7 @@ def recipe(module):
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_decode_is_bit_exact(quant_type, nested, blocksize, dtype):
-    linear = four_bit_linear(
-        quant_type=quant_type, nested=nested, blocksize=blocksize, dtype=dtype
-    )
+    linear = four_bit_linear(quant_type=quant_type, nested=nested, blocksize=blocksize, dtype=dtype)
     head, want = as_head(linear), recipe(linear)
     assert isinstance(head, FourBitHead) and head.vocab_size == V and head.hidden_size == D
     for start, end in ((0, V), (7, 190), (V - 1, V)):

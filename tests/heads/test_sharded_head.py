@@ -1,0 +1,288 @@
+"""Heads spread over two gloo processes (FSDP2, vocabulary-parallel), ZeRO-3 with a stand-in.
+
+Each scenario is a function run by both ranks; what it asserts, it asserts on each.
+"""
+
+import sys
+import types
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from head_cases import (
+    D,
+    T,
+    V,
+    assert_close,
+    check_exact,
+    gather_logps,
+    naive_logits,
+    problem,
+    results,
+)
+from torch import nn
+
+from dilkern import linear_logps
+from dilkern.lm_head import Adapter, DenseHead, LoRAHead, VocabParallelHead, as_head
+
+WORLD = 2
+CUT = 140  # uneven on purpose
+
+
+def _enter(rank, scenario, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
+    try:
+        scenario(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def run(scenario, tmp_path):
+    mp.spawn(_enter, (scenario, tmp_path / "store"), nprocs=WORLD)
+
+
+def rank_problem(rank):
+    torch.manual_seed(100 + rank)
+    return problem()
+
+
+def averaged(rank, make):
+    """The mean over the ranks of `make(problem of that rank)`, computed here without any shard."""
+    parts = [make(*rank_problem(r)) for r in range(WORLD)]
+    return [sum(p) / WORLD for p in zip(*parts)]
+
+
+def fsdp_own_unit(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    linear = nn.Linear(D, V).double()
+    plain = [p.detach().clone().requires_grad_() for p in linear.parameters()]
+    fully_shard(linear)
+    assert type(linear.weight).__name__ == "DTensor"
+    hidden, labels, g = rank_problem(rank)
+    (linear_logps(hidden, linear, labels) * g).sum().backward()
+
+    def naive(hidden, labels, g):
+        logps = gather_logps(naive_logits(hidden, *plain, 1.0, 0.0), labels)
+        return results(logps, g, plain)[1:]
+
+    got = [p.grad.full_tensor() for p in linear.parameters()]
+    assert_close(got, averaged(rank, naive), 1e-9)
+    # Only this rank's tokens reach this rank's hidden states.
+    logps = gather_logps(naive_logits(hidden, *plain, 1.0, 0.0), labels)
+    assert_close([hidden.grad], results(logps, g, [hidden])[1:], 1e-9)
+
+
+def fsdp_lora(rank):
+    import peft
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    linear = nn.Linear(D, V, bias=False).double()
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"])
+    layer = peft.get_peft_model(nn.ModuleDict({"lm_head": linear}), config).base_model.model[
+        "lm_head"
+    ]
+    adapters = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    for p in adapters:
+        p.data = torch.randn(p.shape, dtype=torch.float64)
+    weight = linear.weight.detach().clone()
+    plain = [p.detach().clone().requires_grad_() for p in adapters]
+    fully_shard(layer)
+    assert isinstance(as_head(layer), LoRAHead)
+    hidden, labels, g = rank_problem(rank)
+    (linear_logps(hidden, layer, labels) * g).sum().backward()
+
+    def naive(hidden, labels, g):
+        effective = weight + layer.scaling["default"] * plain[1] @ plain[0]
+        logps = gather_logps(hidden @ effective.T, labels)
+        return results(logps, g, plain)[1:]
+
+    sharded = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    got = [p.grad.full_tensor() for p in sharded]
+    assert_close(got, averaged(rank, naive), 1e-9)
+
+
+def fsdp_four_bit(rank):
+    import bitsandbytes as bnb
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    linear = bnb.nn.Linear4bit(D, 300, bias=False, quant_storage=torch.float32).to("cpu")
+    want = as_head(linear).block(0, 300, torch.float32)
+    fully_shard(linear)
+    assert type(linear.weight).__name__ == "DTensor"
+    assert torch.equal(as_head(linear).block(0, 300, torch.float32), want)
+
+
+def fsdp_adapters(rank):
+    fsdp_lora(rank)
+    fsdp_four_bit(rank)
+
+
+def _rows(rank):
+    return slice(0, CUT) if rank == 0 else slice(CUT, V)
+
+
+def vocab_parallel(rank):
+    for scale, softcap in ((1.0, 0.0), (0.5, 4.0)):
+        for shift in (False, True):
+            _vocab_parallel_dense(rank, scale, softcap, shift)
+    _vocab_parallel_lora(rank)
+    _vocab_parallel_confident(rank)
+    _vocab_parallel_edges(rank)
+
+
+def _vocab_parallel_dense(rank, scale, softcap, shift):
+    torch.manual_seed(0)
+    full = [torch.randn(V, D, dtype=torch.float64), torch.randn(V, dtype=torch.float64)]
+    hidden, labels, g = problem()
+    local = [p[_rows(rank)].clone().requires_grad_() for p in full]
+    head = VocabParallelHead(DenseHead(*local, scale=scale, softcap=softcap))
+    logps = linear_logps(hidden, head, labels, shift=shift, workspace_mib=0.1)
+    got = results(logps, g, [hidden, *local])
+    full = [p.requires_grad_() for p in full]
+    logits = naive_logits(hidden, *full, scale, softcap)
+    if shift:
+        labels = labels.clone()
+        labels[0], logits = -100, logits.roll(1, 0)
+    want = results(gather_logps(logits, labels), g, [hidden, *full])
+    assert_close(got, [*want[:2], *(x[_rows(rank)] for x in want[2:])], 1e-9)
+
+
+def _vocab_parallel_lora(rank):
+    torch.manual_seed(0)
+    weight = torch.randn(V, D, dtype=torch.float64)
+    a = torch.randn(3, D, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(V, 3, dtype=torch.float64)
+    hidden, labels, g = problem()
+    local_b = b[_rows(rank)].clone().requires_grad_()
+    local = LoRAHead(DenseHead(weight[_rows(rank)]), [Adapter(a, local_b, 2.0)])
+    got = results(linear_logps(hidden, VocabParallelHead(local), labels), g, [hidden, a, local_b])
+    b = b.requires_grad_()
+    logps = gather_logps(hidden @ (weight + 2 * b @ a).T, labels)
+    want = results(logps, g, [hidden, a, b])
+    assert_close(got, [*want[:3], want[3][_rows(rank)]], 1e-9)
+
+
+def _vocab_parallel_confident(rank):
+    """fp32, log p about -1e-6: forward and gradient keep their digits."""
+    torch.manual_seed(0)
+    weight = torch.randn(V, D)
+    labels = torch.randint(0, V, (T,))
+    hidden = (weight[labels] * 0.55).requires_grad_()
+    head = VocabParallelHead(DenseHead(weight[_rows(rank)]))
+    g = torch.ones(T)
+    got = results(linear_logps(hidden, head, labels), g, [hidden])
+    wide = hidden.detach().double().requires_grad_()
+    want = results(gather_logps(wide @ weight.double().T, labels), g, [wide])
+    assert want[0].abs().median() < 1e-4
+    for a, b in zip(got, want):
+        rows = b.reshape(T, -1).norm(dim=1)
+        assert ((a - b).reshape(T, -1).norm(dim=1) / rows).median() < 1e-4
+
+
+def _vocab_parallel_edges(rank):
+    torch.manual_seed(0)
+    weight = torch.randn(V, D, dtype=torch.float64)
+    head = VocabParallelHead(DenseHead(weight[_rows(rank)].clone().requires_grad_()))
+    hidden, labels, g = problem()
+    nothing = linear_logps(hidden, head, torch.full_like(labels, -100))
+    assert results(nothing, g, [hidden])[1].abs().max() == 0
+    labels[3] = V
+    with pytest.raises(ValueError, match=rf"in \[0, {V}\)"):
+        linear_logps(hidden, head, labels)
+
+
+@pytest.mark.parametrize("scenario", [fsdp_own_unit, vocab_parallel])
+def test_two_processes(scenario, tmp_path):
+    run(scenario, tmp_path)
+
+
+def test_two_processes_with_peft_and_bitsandbytes(tmp_path):
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    run(fsdp_adapters, tmp_path)
+
+
+def test_vocabulary_parallel_group_of_one(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        weight = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
+        check_exact(VocabParallelHead(DenseHead(weight)), lambda: (weight, None), [weight])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_vocabulary_parallel_needs_a_process_group():
+    with pytest.raises(ValueError, match="init_process_group"):
+        VocabParallelHead(DenseHead(torch.randn(V, D)))
+
+
+class _GatheredParameters:
+    """A stand-in for deepspeed.zero.GatheredParameters: `.data` is whole inside, empty outside."""
+
+    open = 0
+
+    def __init__(self, params):
+        self.params = params
+
+    def __enter__(self):
+        type(self).open += 1
+        for p in self.params:
+            p.data = p.ds_whole
+
+    def __exit__(self, *error):
+        for p in self.params:
+            p.data = torch.empty(0, dtype=p.dtype)
+
+
+def _partition(p):
+    p.ds_id, p.ds_whole = 0, p.data
+    p.data = torch.empty(0, dtype=p.dtype)
+
+
+@pytest.fixture
+def fake_deepspeed(monkeypatch):
+    zero = types.SimpleNamespace(GatheredParameters=_GatheredParameters)
+    monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(zero=zero))
+    monkeypatch.setattr(_GatheredParameters, "open", 0)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_zero3_parameters_are_gathered_in_forward_and_backward(fake_deepspeed, train):
+    linear = nn.Linear(D, V).double().requires_grad_(train)
+    plain = [p.detach().clone().requires_grad_() for p in linear.parameters()]
+    for p in linear.parameters():
+        _partition(p)
+    hidden, labels, g = problem()
+    params = list(linear.parameters()) if train else []
+    logps = linear_logps(hidden, linear, labels)
+    assert linear.weight.numel() == 0 and _GatheredParameters.open == 1
+    got = results(logps, g, [hidden, *params])
+    assert linear.weight.numel() == 0 and _GatheredParameters.open == (2 if train else 1)
+    logits = naive_logits(hidden, *plain, 1.0, 0.0)
+    want = results(gather_logps(logits, labels), g, [hidden, *(plain if train else [])])
+    assert_close(got, want, 1e-9)
+
+
+def test_zero3_with_lora(fake_deepspeed):
+    peft = pytest.importorskip("peft")
+    linear = nn.Linear(D, V, bias=False).double()
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"])
+    model = peft.get_peft_model(nn.ModuleDict({"lm_head": linear}), config)
+    layer = model.base_model.model["lm_head"]
+    params = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    for p in params:
+        p.data = torch.randn(p.shape, dtype=torch.float64)
+    weight, plain = linear.weight.detach().clone(), [p.detach().clone() for p in params]
+    for p in layer.parameters():
+        _partition(p)
+    hidden, labels, g = problem()
+    got = results(linear_logps(hidden, layer, labels), g, [hidden, *params])
+    a, b = (p.requires_grad_() for p in plain)
+    logps = gather_logps(hidden @ (weight + layer.scaling["default"] * b @ a).T, labels)
+    assert_close(got, results(logps, g, [hidden, a, b]), 1e-9)
