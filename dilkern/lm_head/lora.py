@@ -108,9 +108,12 @@ class LoRAHead(Head):
 
     def project(self, hidden_states: Tensor) -> Tensor:
         parts = [self.base.project(hidden_states)]
+        # Autocast picks the dtype of the product itself; outside it the adapter's own one counts.
+        mixed = torch.is_autocast_enabled(hidden_states.device.type)
         for adapter in () if self._disabled else self._adapters:
             a = adapter.a.to(hidden_states.device)
-            low = nn.functional.linear(hidden_states.to(a.dtype), a) * adapter.scaling
+            states = hidden_states if mixed else hidden_states.to(a.dtype)
+            low = nn.functional.linear(states, a) * adapter.scaling
             parts.append(low.to(hidden_states.dtype))
             if adapter.bias is not None:
                 parts.append(low.new_full((*low.shape[:-1], 1), adapter.scaling).to(parts[0].dtype))
