@@ -40,12 +40,14 @@ class FourBit(NamedTuple):
     dtype: torch.dtype  # what bitsandbytes rounds the decoded weight to
 
     def scales(self, blocks: Tensor) -> Tensor:
-        """Return the fp32 absmax of the quantisation blocks `blocks` (any shape, int64)."""
-        absmax = self.absmax[blocks]
+        """Return the fp32 absmax of the quantisation blocks `blocks` (n,), int64."""
+        # index_select and not advanced indexing: decoding takes a third of the time on the CPU.
+        absmax = self.absmax.index_select(0, blocks)
         if not self.nested:
             return absmax
         code2, absmax2, offset = self.nested
-        return code2[absmax.int()] * absmax2[blocks // self.nested_blocksize] + offset
+        outer = absmax2.index_select(0, blocks // self.nested_blocksize)
+        return code2.index_select(0, absmax.int()).mul_(outer).add_(offset)
 
 
 def decode_range(
@@ -85,11 +87,11 @@ def decode_rows(weight: FourBit, ids: Tensor, width: int, dtype: torch.dtype) ->
     # An eighth of the rows at a time: the int64 indices alone take 16 bytes per element.
     rows = max(1, ids.numel() // 8, _LEAST_PIECE // (4 * width))
     for start in range(0, ids.numel(), rows):
-        flat = ids[start : start + rows].long().unsqueeze(1) * width + column
-        byte = weight.packed[flat >> 1].int()
+        flat = (ids[start : start + rows].long().unsqueeze(1) * width + column).view(-1)
+        byte = weight.packed.index_select(0, flat >> 1).int()
         nibble = torch.where((flat & 1).bool(), byte & 15, byte >> 4)
-        value = weight.code[nibble] * weight.scales(flat // weight.blocksize)
-        out[start : start + rows] = value.to(weight.dtype)
+        value = weight.code.index_select(0, nibble).mul_(weight.scales(flat // weight.blocksize))
+        out[start : start + rows] = value.to(weight.dtype).view(-1, width)
     return out
 
 

@@ -149,8 +149,10 @@ def test_fresh_adapter_and_disabled_adapter_give_the_same_bits(kind, dtype):
     model = with_lora(linear, zero_b=True)
     hidden, labels, _ = problem(dtype)
     policy = linear_logps(hidden, layer_of(model), labels)
+    width = as_head(layer_of(model)).width
     with model.disable_adapter(), torch.no_grad():
         reference = linear_logps(hidden, layer_of(model), labels)
+        assert as_head(layer_of(model)).width == width > D
     assert torch.equal(policy, reference)
     # The bare base differs by the order of its sums only.
     bare = linear_logps(hidden, layer_of(model).base_layer, labels)
@@ -183,6 +185,14 @@ def test_merged_adapter_in_a_quantised_weight(kind):
     after = base_weight(layer.base_layer)
     assert not torch.equal(before, after)
     check_exact(layer, lambda: (after, None))
+
+
+def test_recompute_pass_leaves_out_the_columns_of_a_frozen_base():
+    layer = layer_of(with_lora(nn.Linear(D, V, bias=False)))
+    head = as_head(layer)
+    assert head.gradient_columns([True, False]) == slice(D, None)  # B, then the weight
+    assert head.gradient_columns([True, True]) == slice(None)
+    assert as_head(layer.base_layer).gradient_columns([False]) == slice(0, 0)
 
 
 def test_scale_changed_later_is_read_at_the_call():

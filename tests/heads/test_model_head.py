@@ -184,6 +184,7 @@ def test_an_unknown_transform_raises():
 
 def test_a_softcap_unknown_to_the_config_raises():
     model = tiny("llama")
+    model.lm_head.weight.data.mul_(0.01)  # as it is, its logits are too small to show a softcap
     forward = model.lm_head.forward
     model.lm_head.forward = lambda hidden: 50 * torch.tanh(forward(hidden) / 50)
     with pytest.raises(ValueError, match="known scale and softcap"):
