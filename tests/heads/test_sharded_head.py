@@ -118,9 +118,27 @@ def fsdp_four_bit(rank):
     assert torch.equal(as_head(linear).block(0, 300, torch.float32), want)
 
 
-def fsdp_adapters(rank):
+def vocab_parallel_four_bit(rank):
+    """Frozen 4-bit rows with a trainable bias; both ranks know all shards, to compare."""
+    import bitsandbytes as bnb
+
+    torch.manual_seed(0)
+    shards = [bnb.nn.Linear4bit(D, rows, bias=True).to("cpu") for rows in (CUT, V - CUT)]
+    for shard in shards:
+        shard.bias = nn.Parameter(torch.randn(shard.out_features, dtype=torch.float64))
+    hidden, labels, g = problem()
+    mine = shards[rank]
+    head = VocabParallelHead(as_head(mine, softcap=5.0))
+    got = results(linear_logps(hidden, head, labels), g, [hidden, mine.bias])
+    weight = torch.cat([as_head(s).block(0, s.out_features, torch.float64) for s in shards])
+    logits = naive_logits(hidden, weight, torch.cat([s.bias for s in shards]), 1.0, 5.0)
+    assert_close(got, results(gather_logps(logits, labels), g, [hidden, mine.bias]), 1e-9)
+
+
+def adapters_and_four_bit(rank):
     fsdp_lora(rank)
     fsdp_four_bit(rank)
+    vocab_parallel_four_bit(rank)
 
 
 def _rows(rank):
@@ -205,7 +223,7 @@ def test_two_processes(scenario, tmp_path):
 def test_two_processes_with_peft_and_bitsandbytes(tmp_path):
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
-    run(fsdp_adapters, tmp_path)
+    run(adapters_and_four_bit, tmp_path)
 
 
 def test_vocabulary_parallel_group_of_one(tmp_path):
