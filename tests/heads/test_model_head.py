@@ -7,7 +7,7 @@ from test_quantized_head import four_bit_linear
 from torch import nn
 
 from dilkern import linear_logps
-from dilkern.lm_head import FourBitHead, LMHead, LoRAHead
+from dilkern.lm_head import EightBitHead, FourBitHead, LMHead, LoRAHead
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -203,3 +203,33 @@ def test_the_probe_leaves_no_hook_behind():
     model = tiny("gemma2")
     LMHead.from_model(model)
     assert not model.base_model._forward_hooks and not model.lm_head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("load", ["load_in_4bit", "load_in_8bit"])
+def test_qlora_model_loaded_with_a_quantised_head(load, tmp_path):
+    """The path people take: from_pretrained with a quantisation config that spares no module."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    tiny("llama").save_pretrained(tmp_path)
+    quantised = transformers.BitsAndBytesConfig(**{load: True}, llm_int8_skip_modules=[])
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=quantised, device_map={"": "cpu"}, dtype=torch.float32
+    )
+    model = peft.prepare_model_for_kbit_training(
+        model, gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
+    model = peft.get_peft_model(model, config).train()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(std=0.1)
+    head = LMHead.from_model(model)
+    base = head.head().base
+    assert isinstance(base, FourBitHead if load == "load_in_4bit" else EightBitHead)
+    ids = torch.randint(3, VOCAB, (2, 9))
+    parameters = [p for n, p in model.named_parameters() if "lora_" in n]
+    got = head_logps(model, model.get_base_model().base_model, head, ids)
+    want = model_logps(model, ids)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    grads = [torch.autograd.grad(x.sum(), parameters) for x in (got, want)]
+    torch.testing.assert_close(*grads, atol=1e-3, rtol=1e-3)
