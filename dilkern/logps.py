@@ -73,7 +73,7 @@ def _hidden_backward(
     shift: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """grad_hidden_i = g_i u_i (8), zero for rows that are not scored."""
+    """grad_hidden_i = g_i u_i (7), zero for rows that are not scored."""
     with torch.autocast(grad.device.type, enabled=False):
         rows = (grad.index_select(0, scored).unsqueeze(1) * u).to(dtype)
         return rows.new_zeros(grad.shape[0], u.shape[1]).index_copy_(0, scored - shift, rows)

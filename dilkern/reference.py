@@ -96,7 +96,7 @@ def unscaled_gradient(
     lm_head_weight: Tensor,  # (V, D)
     labels: Tensor,  # (N,)
 ) -> Tensor:
-    """u_i = w_{y_i} - sum_v p_iv w_v, the gradient of each log-prob in its hidden state (5).
+    """u_i = w_{y_i} - sum_v p_iv w_v, the gradient of each log-prob in its hidden state (6).
 
     Example:
         >>> import torch
