@@ -126,6 +126,7 @@ def fused_preference_loss(
     weights: Tensor | None = None,  # (S,)
     sft_weight: float | None = None,
     kl_log_ratios: Tensor | None = None,
+    counts: tuple[Tensor | float, Tensor | float] | None = None,
     strict: bool = False,
     shift: bool = True,
     ignore_index: int = -100,
@@ -140,7 +141,7 @@ def fused_preference_loss(
     Args:
         hidden_states, lm_head, labels, ignore_index, backend, workspace_mib: see `linear_logps`.
         loss, params, is_chosen, beta, length_normalize, pairing, max_log_ratio, label_smoothing,
-            mixture, weights, sft_weight, kl_log_ratios, strict: see `preference_loss`.
+            mixture, weights, sft_weight, kl_log_ratios, counts, strict: see `preference_loss`.
         ref_logps: (S,) summed log-probs of the reference, or token log-probs in the shape of
             `labels`, entry t belonging to label t.
         ref_hidden_states: hidden states of the reference on the same tokens; its log-probs are
@@ -257,7 +258,7 @@ def fused_dil_loss(
             sum, as in the paper's text.
         max_log_ratio: beyond it the exponentials of h continue linearly, on both sides of the pair at
             the same point, so that the minimiser stays exact below it; None is the paper's formula.
-        **knobs: pairing, label_smoothing, mixture, weights, sft_weight, strict of
+        **knobs: pairing, label_smoothing, mixture, weights, sft_weight, counts, strict of
             `preference_loss`.
 
     Returns:

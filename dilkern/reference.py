@@ -86,8 +86,8 @@ def dil_loss(
         f = f / lengths.clamp(min=1)
     x_chosen, x_rejected = (beta * f).chunk(2)
     some_chosen, some_rejected = (lengths > 0).chunk(2)
-    chosen = L_CHOSEN[h](x_chosen)[some_chosen].sum() / some_chosen.sum().clamp(min=1)
-    rejected = L_REJECTED[h](x_rejected)[some_rejected].sum() / some_rejected.sum().clamp(min=1)
+    chosen: Tensor = L_CHOSEN[h](x_chosen)[some_chosen].sum() / some_chosen.sum().clamp(min=1)
+    rejected: Tensor = L_REJECTED[h](x_rejected)[some_rejected].sum() / some_rejected.sum().clamp(min=1)
     return chosen + rejected  # (10)
 
 

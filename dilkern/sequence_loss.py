@@ -54,9 +54,12 @@ def _attach(value: Tensor, slope: Tensor, x: Tensor) -> Tensor:
     return value.detach() + slope.detach() * (x - x.detach())
 
 
-def _masked_mean(values: Tensor, weights: Tensor, count: Tensor) -> Tensor:
+def _masked_mean(values: Tensor, weights: Tensor, count: Tensor | float) -> Tensor:
     # An empty sequence has weight 0 and finite values; one with NaN still spoils the mean.
-    return (values * weights).sum() / count.clamp(min=1)
+    total = (values * weights).sum()
+    if isinstance(count, Tensor):
+        return total / torch.where(count > 0, count, 1)
+    return total / (count or 1)
 
 
 def check_sequences(num_sequences: int, is_chosen: Any, pairwise: bool, name: str) -> None:
@@ -240,6 +243,7 @@ def preference_loss(
     weights: Tensor | None = None,  # (S,)
     sft_weight: float | None = None,
     kl_log_ratios: Tensor | None = None,  # any shape
+    counts: tuple[Tensor | float, Tensor | float] | None = None,
     strict: bool = False,
 ) -> PreferenceLossOutput:
     r"""Compute a preference loss from per-sequence log-probs, for any entry of the registry.
@@ -268,6 +272,10 @@ def preference_loss(
         sft_weight: weight of the negative log-likelihood of the chosen tokens; None for default.
         kl_log_ratios: log-ratios of mismatched prompts and completions, for KTO's z0 and only there;
             pass zeros for APO-zero.
+        counts: the denominators of the means over chosen and over rejected sequences (the first one
+            for pairs); None: the non-empty ones of this batch. Under data parallelism pass the
+            global counts divided by the number of ranks, and averaged gradients are those of one
+            process; a batch may then lack one of the two kinds.
         strict: raise if any sequence is beyond max_log_ratio. One device sync.
 
     Returns:
@@ -329,11 +337,11 @@ def preference_loss(
     f = base / lengths.clamp(min=1) if s.length_normalize else base
     (f_w, f_l), (valid_w, valid_l) = _split(f, is_chosen), _split(valid, is_chosen)
     (logps_w, logps_l), (n_w, n_l) = _split(logps, is_chosen), _split(lengths, is_chosen)
-    if f_w.numel() == 0 or f_l.numel() == 0:
+    if counts is None and (f_w.numel() == 0 or f_l.numel() == 0):
         reject(
             "a batch needs at least one chosen and one rejected sequence",
             f"{f_w.numel()} chosen, {f_l.numel()} rejected",
-            "Put both kinds into every batch.",
+            "Put both kinds into every batch, or pass the `counts` of a larger one.",
         )
     ones = torch.ones_like(f) if weights is None else weights.detach().to(f.dtype)
     weight_w, weight_l = _split(ones, is_chosen)
@@ -343,7 +351,9 @@ def preference_loss(
         x_w, x_l = _transformed(f_w, valid_w, s), _transformed(f_l, valid_l, s)
         m = s.beta * (x_w - x_l)
         losses_w, losses_l = _attach(*_pair(m.detach(), s), m), zeros_l
-        total = _masked_mean(losses_w, weight_w * weight_l * both, both.sum())
+        total = _masked_mean(
+            losses_w, weight_w * weight_l * both, both.sum() if counts is None else counts[0]
+        )
         if entry.transform is not None:
             hits = torch.cat([_clipped(f_w, True, s), _clipped(f_l, False, s)])
         else:
@@ -356,7 +366,7 @@ def preference_loss(
         x_w, x_l = s.beta * (f_w - baseline), s.beta * (f_l - baseline)
         losses_w = _attach(*_point(x_w.detach(), True, s), x_w)
         losses_l = _attach(*_point(x_l.detach(), False, s), x_l)
-        count_w, count_l = valid_w.sum(), valid_l.sum()
+        count_w, count_l = (valid_w.sum(), valid_l.sum()) if counts is None else counts
         if entry.joint_mean:
             count_w = count_l = count_w + count_l
         total = _masked_mean(losses_w, weight_w * valid_w, count_w)

@@ -208,6 +208,28 @@ def test_weights_multiply_terms_and_pairs():
     torch.testing.assert_close(pair.loss, (w[:2] * w[2:] * torch.log1p((-m).exp())).mean())
 
 
+@pytest.mark.parametrize("loss", ["lsif", "kto", "dpo"])
+def test_counts_make_shards_add_up_to_the_whole(loss):
+    """Two ranks with the global counts over the number of ranks: the mean of their losses."""
+    logps = -torch.rand(6, dtype=torch.float64) * 9
+    f, n = torch.randn(6, dtype=torch.float64), torch.tensor([3, 4, 5, 2, 6, 1])
+    kw = {"loss": loss, **({"kl_log_ratios": torch.zeros(1)} if loss == "kto" else {})}
+    if loss == "dpo":  # pairs: [chosen; rejected] on either rank
+        parts, total = [torch.tensor([0, 3]), torch.tensor([1, 2, 4, 5])], (1.5, 1.5)
+        whole = preference_loss(logps, n, log_ratios=f, **kw).loss
+    else:  # unpaired, the second rank without a chosen sequence
+        kw["is_chosen"] = torch.tensor([True, True, False, False, False, False])
+        parts, total = [torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])], (1.0, 2.0)
+        whole = preference_loss(logps, n, log_ratios=f, **kw).loss
+    losses = []
+    for rows in parts:
+        own = {k: v[rows] if k == "is_chosen" else v for k, v in kw.items()}
+        losses.append(
+            preference_loss(logps[rows], n[rows], log_ratios=f[rows], counts=total, **own).loss
+        )
+    torch.testing.assert_close(torch.stack(losses).mean(), whole)
+
+
 def test_pairwise_bce_is_twice_dpo():
     states, weight, labels, other = batch()
     kw = {"ref_hidden_states": other, "beta": 0.1}
