@@ -239,7 +239,7 @@ def linear_logps(
         RuntimeError: on double backward.
 
     Numerics: logits, statistics and accumulation in fp32; same inputs, same bits, with or without
-    gradient; NaN and Inf propagate. One device sync (which positions are scored). Under autocast the
+    gradient; NaN and Inf propagate. Two device syncs (which labels are scored, and their range). Under autocast the
     products take operands of the autocast dtype.
 
     Memory: `workspace_mib` + u (N, D) when hidden states require grad; never (T, V).
