@@ -92,14 +92,14 @@ def why_not(name: str, device: torch.device) -> str | None:
     return backend.why_not(device)
 
 
-def resolve(name: str, device: torch.device) -> str:
+def resolve(name: str, device: torch.device) -> Backend:
     """Return the backend that serves `device`: the named one or, for "auto", the first that can.
 
     Raises:
         ValueError: unknown name, or an explicit backend that cannot run here (with the reason).
     """
     if name == "auto":
-        return next(known for known in BACKENDS if why_not(known, device) is None)
+        return load(next(known for known in BACKENDS if why_not(known, device) is None))
     if name not in BACKENDS:
         reject(
             f"`backend` must be 'auto' or one of: {', '.join(BACKENDS)}", repr(name), "Use 'auto'."
@@ -107,7 +107,7 @@ def resolve(name: str, device: torch.device) -> str:
     reason = why_not(name, device)
     if reason is not None:
         reject(f"backend={name!r} must be able to run on {device}", reason, "Use backend='auto'.")
-    return name
+    return load(name)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

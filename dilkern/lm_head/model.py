@@ -79,7 +79,7 @@ class LMHead(HeadSource):
             )
         hidden, want = _probe(causal, backbone, embeddings)
         plain = as_head(embeddings)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             raw = plain.logits(hidden)
         dtypes = {want.dtype, hidden.dtype, *(d for d in plain.strict_dtypes())}
         tolerance = max(_TOLERANCE[dtype] for dtype in dtypes)
@@ -147,23 +147,29 @@ def _probe(causal: Any, backbone: Any, embeddings: nn.Module) -> tuple[Tensor, T
         output.last_hidden_state = new
         return output
 
-    def keep_layout(module: Any, args: Any) -> Any:
-        # On AVX512-BF16 CPUs bitsandbytes repacks a 4-bit weight in place at the first eval-mode
-        # forward whose input needs no gradient; a probe must leave the head as it found it.
-        return (args[0].detach().requires_grad_(), *args[1:])
-
-    hooks = [backbone.register_forward_hook(replace)]
-    hooks += [
-        layer.register_forward_pre_hook(keep_layout)
-        for layer in embeddings.modules()
-        if hasattr(layer, "support_avx512bf16_for_cpu")
+    # On AVX512-BF16 CPUs bitsandbytes repacks a 4-bit weight in place at its first forward in eval
+    # mode, and its gradient is lost; a probe must leave the model as it found it.
+    asleep = [
+        layer
+        for layer in causal.modules()
+        if hasattr(layer, "support_avx512bf16_for_cpu") and not layer.training
     ]
-    embedding_device = causal.get_input_embeddings().weight.device
+    device = causal.get_input_embeddings().weight.device
+    # accelerate puts autocast around the forward and keeps the original under this name.
+    forward = getattr(causal, "_original_forward", causal)
+    hook = backbone.register_forward_hook(replace)
     try:
-        logits = causal(input_ids=torch.arange(4, device=embedding_device)[None]).logits
+        for layer in asleep:
+            layer.training = True
+        with (
+            torch.autocast(device.type, enabled=False),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+        ):
+            logits = forward(input_ids=torch.arange(4, device=device)[None]).logits
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
+        for layer in asleep:
+            layer.training = False
     if not fed:
         reject(
             "the model must call its backbone as a module",

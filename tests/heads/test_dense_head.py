@@ -72,7 +72,7 @@ def test_16_bits_within_twice_the_error_of_torch(dtype, softcap):
     peer = results(gather_logps(logits.float(), labels), g, inputs)
     wide = [x.detach().double().requires_grad_() for x in inputs]
     logits = naive_logits(*wide, 1.0, softcap)
-    check_budget(got, peer, results(gather_logps(logits, labels), g, wide), dtype)
+    check_budget(got, peer, results(gather_logps(logits, labels), g, wide))
 
 
 def test_autocast_takes_fp32_masters_with_16_bit_products():

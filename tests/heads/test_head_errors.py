@@ -5,8 +5,7 @@ import sys
 
 import pytest
 import torch
-from head_cases import D, V, problem
-from test_quantized_head import four_bit_linear
+from head_cases import D, V, four_bit_linear, problem
 from torch import nn
 
 from dilkern import linear_logps

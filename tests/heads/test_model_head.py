@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from head_cases import gather_logps
-from test_quantized_head import four_bit_linear
+from head_cases import four_bit_linear, gather_logps
 from torch import nn
 
 from dilkern import linear_logps
@@ -159,6 +158,7 @@ def test_four_bit_head_in_a_model_keeps_its_layout(mode, lora):
         model.is_loaded_in_4bit = True
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"]))
     head = LMHead.from_model(getattr(model, mode)())
+    assert all(m.training == (mode == "train") for m in model.modules())
     assert head.softcap == 20.0
     assert isinstance(head.head(), LoRAHead if lora else FourBitHead)
 
@@ -199,10 +199,22 @@ def test_a_model_without_a_head_raises():
         LMHead.from_model(nn.Linear(3, 4))
 
 
-def test_the_probe_leaves_no_hook_behind():
-    model = tiny("gemma2")
+def test_the_probe_leaves_the_model_and_the_generator_as_they_were():
+    model = tiny("granite", attention_dropout=0.5).train()
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
     LMHead.from_model(model)
-    assert not model.base_model._forward_hooks and not model.lm_head._forward_pre_hooks
+    assert not model.base_model._forward_hooks
+    assert modes == [m.training for m in model.modules()]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_autocast_around_the_probe_does_not_disturb_it():
+    model = tiny("granite")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert LMHead.from_model(model).scale == 1 / 8.0
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    assert LMHead.from_model(model).scale == 1 / 8.0
 
 
 @pytest.mark.parametrize("load", ["load_in_4bit", "load_in_8bit"])

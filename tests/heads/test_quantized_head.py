@@ -2,57 +2,24 @@
 
 import pytest
 import torch
-from head_cases import D, V, check_budget, check_exact, gather_logps, problem, results
+from head_cases import (
+    D,
+    V,
+    check_budget,
+    check_exact,
+    eight_bit_linear,
+    four_bit_linear,
+    gather_logps,
+    problem,
+    recipe,
+    results,
+)
 from torch import nn
 
 from dilkern import linear_logps
 from dilkern.lm_head import EightBitHead, FourBitHead, as_head
 
 bnb = pytest.importorskip("bitsandbytes")
-
-
-def four_bit_linear(
-    vocab_size=V,
-    hidden_size=D,
-    *,
-    quant_type="nf4",
-    nested=True,
-    blocksize=64,
-    storage=torch.uint8,
-    dtype=torch.float32,
-    bias=False,
-):
-    linear = bnb.nn.Linear4bit(hidden_size, vocab_size, bias=bias)
-    linear.weight = bnb.nn.Params4bit(
-        torch.randn(vocab_size, hidden_size).to(dtype),
-        requires_grad=False,
-        blocksize=blocksize,
-        compress_statistics=nested,
-        quant_type=quant_type,
-        quant_storage=storage,
-        module=linear,
-    )
-    return linear.to("cpu")
-
-
-def eight_bit_linear(*, bias=False):
-    linear = bnb.nn.Linear8bitLt(D, V, bias=bias, has_fp16_weights=False)
-    linear.weight.data.normal_()
-    return linear.to("cpu")
-
-
-def recipe(module):
-    """The whole 4-bit weight after the written description of the format (ecosystem notes)."""
-    packed, state = module.weight.data, module.weight.quant_state
-    absmax = state.absmax
-    if state.nested:
-        spread = state.state2.absmax.repeat_interleave(state.state2.blocksize)[: absmax.numel()]
-        absmax = state.state2.code[absmax.long()] * spread + state.offset
-    raw = packed.reshape(-1).view(torch.uint8)
-    count = state.shape.numel()
-    index = torch.stack((raw >> 4, raw & 0xF), 1).reshape(-1)[:count].long()
-    scale = absmax.float().repeat_interleave(state.blocksize)[:count]
-    return (state.code[index] * scale).to(state.dtype).reshape(state.shape)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -143,7 +110,7 @@ def test_16_bits_within_twice_the_error_of_bitsandbytes(dtype, kind):
     peer = results(gather_logps(linear(hidden).float(), labels), g, [hidden])
     wide = hidden.detach().double().requires_grad_()
     truth = results(gather_logps(wide @ weight.double().T, labels), g, [wide])
-    check_budget(got, peer, truth, dtype)
+    check_budget(got, peer, truth)
 
 
 def test_any_compute_dtype_serves_a_quantised_head():
