@@ -87,7 +87,9 @@ def dil_loss(
     x_chosen, x_rejected = (beta * f).chunk(2)
     some_chosen, some_rejected = (lengths > 0).chunk(2)
     chosen: Tensor = L_CHOSEN[h](x_chosen)[some_chosen].sum() / some_chosen.sum().clamp(min=1)
-    rejected: Tensor = L_REJECTED[h](x_rejected)[some_rejected].sum() / some_rejected.sum().clamp(min=1)
+    rejected: Tensor = L_REJECTED[h](x_rejected)[some_rejected].sum() / some_rejected.sum().clamp(
+        min=1
+    )
     return chosen + rejected  # (10)
 
 

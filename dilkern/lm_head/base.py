@@ -41,7 +41,8 @@ class Head:
     def spec(self) -> str:
         """Return the JSON text from which `rebuild` restores the head around its tensors.
 
-        Made of f-strings and not by json.dumps: torch.compile traces it.
+        Made of f-strings and not by json.dumps, and without the shapes of tensors, which may be
+        symbolic: torch.compile traces it.
         """
         raise NotImplementedError
 
@@ -175,8 +176,7 @@ class WeightHead(Head):
 
     def spec(self) -> str:
         return (
-            f'{{"kind": "{self.kind}", "stored": {len(self.stored)}, "vocab_size": '
-            f'{self.vocab_size}, "hidden_size": {self.hidden_size}, "scale": {self.scale!r}, '
+            f'{{"kind": "{self.kind}", "stored": {len(self.stored)}, "scale": {self.scale!r}, '
             f'"softcap": {self.softcap!r}{self._more_spec()}}}'
         )
 
@@ -193,7 +193,7 @@ class WeightHead(Head):
         head.stored, head.device = list(tensors[:count]), device
         head._bias = tensors[count] if len(tensors) > count else None
         head.scale, head.softcap = spec["scale"], spec["softcap"]
-        head.vocab_size, head.hidden_size = spec["vocab_size"], spec["hidden_size"]
+        head.vocab_size, head.hidden_size = spec.get("shape") or head.stored[0].shape
         return head
 
     def bias(self) -> Tensor | None:

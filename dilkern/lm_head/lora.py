@@ -66,16 +66,14 @@ class LoRAHead(Head):
         self.base, self._adapters, self._disabled = base, list(adapters), disabled
         self._columns: list[Tensor] = []
         for adapter in adapters:
-            self._columns.append(adapter.b)
+            self._columns.append(adapter.b.detach() if disabled else adapter.b)
             if adapter.bias is not None:
-                self._columns.append(adapter.bias)
-        used = base.width + sum(_width(column) for column in self._columns)
-        self._finish(-(-used // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE)
-        if disabled:
-            self._columns = []
+                self._columns.append(adapter.bias.detach() if disabled else adapter.bias)
+        self._finish()
 
-    def _finish(self, width: int) -> None:
-        self._width = width
+    def _finish(self) -> None:
+        used = self.base.width + sum(_width(column) for column in self._columns)
+        self._width = -(-used // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
         self.vocab_size, self.hidden_size = self.base.vocab_size, self.base.hidden_size
         self.scale, self.softcap = self.base.scale, self.base.softcap
 
@@ -88,8 +86,8 @@ class LoRAHead(Head):
 
     def spec(self) -> str:
         return (
-            f'{{"kind": "lora", "columns": {len(self._columns)}, "width": {self._width}, '
-            f'"base": {self.base.spec()}}}'
+            f'{{"kind": "lora", "columns": {len(self._columns)}, '
+            f'"disabled": {int(self._disabled)}, "base": {self.base.spec()}}}'
         )
 
     @classmethod
@@ -100,7 +98,8 @@ class LoRAHead(Head):
         count = spec["columns"]
         head._columns = list(tensors[:count])
         head.base = restore(spec["base"], tensors[count:], device)
-        head._finish(spec["width"])
+        head._disabled = bool(spec["disabled"])
+        head._finish()
         return head
 
     def strict_dtypes(self) -> list[torch.dtype]:
@@ -125,7 +124,7 @@ class LoRAHead(Head):
         out = base.new_zeros(base.shape[0], self._width)
         left = self.base.width
         out[:, :left] = base
-        for column in columns:
+        for column in () if self._disabled else columns:
             out[:, left : left + _width(column)] = column if column.dim() == 2 else column[:, None]
             left += _width(column)
         return out

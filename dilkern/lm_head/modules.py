@@ -88,8 +88,15 @@ def as_head(lm_head: Any, *, scale: float = 1.0, softcap: float = 0.0) -> Head:
         ValueError: for a module whose effective weight is not known here, with its type; transforms
             for a `Head` or `LMHead`, which have their own.
     """
+    # Defaults are not handed on: under dynamic shapes torch.compile makes a default that is passed
+    # through a symbolic float, which a spec cannot hold.
+    transforms = {}
+    if scale != 1.0:
+        transforms["scale"] = scale
+    if softcap != 0.0:
+        transforms["softcap"] = softcap
     if isinstance(lm_head, (Head, HeadSource)):
-        if scale != 1.0 or softcap != 0.0:
+        if transforms:
             reject(
                 "`scale` and `softcap` must be given where the head is made",
                 f"a {type(lm_head).__name__} and scale={scale!r}, softcap={softcap!r}",
@@ -97,7 +104,7 @@ def as_head(lm_head: Any, *, scale: float = 1.0, softcap: float = 0.0) -> Head:
             )
         return lm_head if isinstance(lm_head, Head) else lm_head.head()
     if isinstance(lm_head, Tensor):
-        return DenseHead(whole(lm_head), scale=scale, softcap=softcap)
+        return DenseHead(whole(lm_head), None, **transforms)
     reader = _reader(lm_head)
     if reader is None:
         reject(
@@ -113,4 +120,4 @@ def as_head(lm_head: Any, *, scale: float = 1.0, softcap: float = 0.0) -> Head:
             "accelerate's CPU or disk offload keeps them elsewhere; leave the lm_head out of it "
             "(a weight on the CPU is streamed).",
         )
-    return reader(lm_head, scale=scale, softcap=softcap)
+    return reader(lm_head, **transforms)

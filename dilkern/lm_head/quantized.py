@@ -124,7 +124,8 @@ class FourBitHead(WeightHead):
 
     def _more_spec(self) -> str:
         return (
-            f', "blocksize": {self._blocksize}, "nested_blocksize": {self._nested_blocksize}, '
+            f', "shape": [{self.vocab_size}, {self.hidden_size}], '
+            f'"blocksize": {self._blocksize}, "nested_blocksize": {self._nested_blocksize}, '
             f'"dtype": "{_DTYPE_NAMES[self._dtype]}"'
         )
 
@@ -198,7 +199,7 @@ class EightBitHead(WeightHead):
         return self._decode(codes.index_select(0, ids), scales.index_select(0, ids), dtype)
 
 
-def four_bit_head(module: Any, *, scale: float, softcap: float) -> FourBitHead:
+def four_bit_head(module: Any, **transforms: float) -> FourBitHead:
     """Read a `bitsandbytes.nn.Linear4bit` as it stands.
 
     Raises:
@@ -231,10 +232,10 @@ def four_bit_head(module: Any, *, scale: float, softcap: float) -> FourBitHead:
         dtype=state.dtype,
     )
     vocab_size, hidden_size = state.shape
-    return FourBitHead(four_bit, vocab_size, hidden_size, module.bias, scale=scale, softcap=softcap)
+    return FourBitHead(four_bit, vocab_size, hidden_size, module.bias, **transforms)
 
 
-def eight_bit_head(module: Any, *, scale: float, softcap: float) -> EightBitHead:
+def eight_bit_head(module: Any, **transforms: float) -> EightBitHead:
     """Read a `bitsandbytes.nn.Linear8bitLt` as it stands.
 
     Raises:
@@ -257,4 +258,4 @@ def eight_bit_head(module: Any, *, scale: float, softcap: float) -> EightBitHead
             f"{name} with a weight of {codes.dtype}",
             "Move it to its device first: `module.to('cuda')` or `.to('cpu')` quantises it.",
         )
-    return EightBitHead(codes, scales, module.bias, scale=scale, softcap=softcap)
+    return EightBitHead(codes, scales, module.bias, **transforms)

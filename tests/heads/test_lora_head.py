@@ -265,7 +265,8 @@ def test_bf16_within_twice_the_error_of_peft(kind, autocast):
     check_budget(got, peer, truth)
 
 
-def test_compiles_without_a_graph_break():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(dynamic):
     layer = layer_of(with_lora(four_bit_linear()))
     hidden, labels, g = problem()
     inputs = [hidden, *adapter_params(layer)]
@@ -273,5 +274,5 @@ def test_compiles_without_a_graph_break():
     def run(function):
         return results(function(hidden, layer, labels), g, inputs)
 
-    compiled = torch.compile(linear_logps, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(linear_logps, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     torch.testing.assert_close(run(compiled), run(linear_logps))
