@@ -31,6 +31,7 @@ def test_two_processes(scenario, tmp_path):
     run(scenario, tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_with_peft_and_bitsandbytes(tmp_path):
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
