@@ -265,8 +265,9 @@ def linear_logps(
         )
     for tensor in head.tensors():
         check_same_device("lm_head", tensor, "hidden_states", hidden_states)
-    backend = backends.resolve(backend, hidden_states.device)
-    hidden = head.project(hidden_states.to(_compute_dtype(hidden_states, head)))
+    dtype = _compute_dtype(hidden_states, head)
+    backend = backends.resolve(backend, hidden_states.device, dtype)
+    hidden = head.project(hidden_states.to(dtype))
     if shift:
         labels = labels.clone()
         labels[..., :1] = ignore_index
