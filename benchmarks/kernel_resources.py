@@ -33,6 +33,8 @@ SHARED_LIMIT = {
     "sm_120": 99 << 10,
     "gfx942": 64 << 10,
 }
+MMA = ("HMMA", "HGMMA", "UTCHMMA")
+COPIES = ("LDGSTS", "UTMALDG")
 POINTER = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 
 
@@ -57,6 +59,7 @@ class Resources(NamedTuple):
     instructions: int
     tensor_core: int  # HMMA, HGMMA, UTCHMMA or mfma
     async_copies: int  # LDGSTS or UTMALDG
+    notable: str  # which of these instructions
 
 
 def cases(arch: str | None = None) -> Iterator[Case]:
@@ -183,10 +186,6 @@ def _describe(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], tuple[st
     return kernel, signature, constants, aligned, row
 
 
-def _mma(ops: collections.Counter[str]) -> int:
-    return sum(n for op, n in ops.items() if op in ("HMMA", "HGMMA", "UTCHMMA", "OMMA"))
-
-
 def compile_case(case: Case) -> Resources | str:
     """Compile one case; return its resources, or the error in one line."""
     import triton
@@ -207,8 +206,6 @@ def compile_case(case: Case) -> Resources | str:
         number = case.arch if hip else int(case.arch[3:])
         target = GPUTarget("hip" if hip else "cuda", number, 64 if hip else 32)
         options = dict(row.launch)
-        if hip:
-            options.pop("enable_fp_fusion", None)
         if case.kernel == "nf4_dequant":
             options["enable_fp_fusion"] = False
         built = triton.compile(source, target=target, options=options)
@@ -221,7 +218,8 @@ def compile_case(case: Case) -> Resources | str:
         spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", asm)[1])  # type: ignore[index]
         body = re.findall(r"^\s+([a-z]\w+)\s", asm, re.M)
         mma = sum(op.startswith("v_mfma") for op in body)
-        found = (registers, 4 * spills, built.metadata.shared, len(body), mma, 0)
+        notable = "v_mfma" if mma else ""
+        found = (registers, 4 * spills, built.metadata.shared, len(body), mma, 0, notable)
     else:
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -235,8 +233,11 @@ def compile_case(case: Case) -> Resources | str:
             usage = {k: int(n) for k, n in re.findall(r"(REG|STACK):(\d+)", dump("-res-usage"))}
             pattern = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)"
             ops = collections.Counter(re.findall(pattern, dump("-sass")))
-        copies = ops["LDGSTS"] + ops["UTMALDG"]
-        found = (usage["REG"], usage["STACK"], built.metadata.shared, ops.total(), _mma(ops), copies)
+        mma = sum(ops[op] for op in MMA)
+        copies = sum(ops[op] for op in COPIES)
+        notable = " ".join(op for op in MMA + COPIES if ops[op])
+        shared, total = built.metadata.shared, ops.total()
+        found = (usage["REG"], usage["STACK"], shared, total, mma, copies, notable)
     tile = "x".join(str(x) for x in row[:3] if not isinstance(x, bool)) if len(row) > 3 else ""
     tile = tile or f"{row.block_t}x{row.block}"
     tile += f" w{row.warps}" + (f" s{row.stages}" if hasattr(row, "stages") else "")

@@ -48,7 +48,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # 16-bit inputs. 128 x 128 everywhere: on sm_90 two such programs share an SM, and the epilogue of
 # one hides under the products of the other.
 _TILES_16 = {
-    "sm_80": Tile(128, 128, 32, 4, 4),
+    "sm_80": Tile(128, 128, 64, 8, 3),
     "sm_86": Tile(128, 128, 32, 8, 3),
     "sm_90": Tile(128, 128, 64, 8, 3, descriptors=True),
     "sm_100": Tile(128, 128, 64, 8, 3, descriptors=True),
