@@ -266,7 +266,9 @@ def main() -> None:
     parser.add_argument("--arch")
     parser.add_argument("--kernel")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, help="CSV file (default: results/kernel_resources-*.csv)")
+    parser.add_argument(
+        "--out", type=Path, help="CSV file (default: results/kernel_resources-*.csv)"
+    )
     args = parser.parse_args()
     import triton
 

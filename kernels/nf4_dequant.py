@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dilkern.kernels import configs
+from dilkern.kernels.operands import on_device
 
 
 @triton.jit
@@ -111,26 +112,27 @@ def nf4_dequant(
     config = configs.decode(out.device)
     grid = triton.cdiv(n, config.block_t) * triton.cdiv(d, config.block)
     if grid:
-        _nf4_dequant_kernel[(grid,)](
-            weight.packed,
-            weight.code,
-            weight.absmax,
-            weight.nested_code,
-            weight.nested_absmax,
-            weight.offset,
-            ids,
-            out,
-            n,
-            d,
-            start,
-            weight.blocksize,
-            weight.nested_blocksize,
-            out.stride(0),
-            NESTED=weight.nested_code is not None,
-            PAIRS=d % 2 == 0,
-            BLOCK_T=config.block_t,
-            BLOCK=config.block,
-            num_warps=config.warps,
-            enable_fp_fusion=False,
-        )
+        with on_device(out):
+            _nf4_dequant_kernel[(grid,)](
+                weight.packed,
+                weight.code,
+                weight.absmax,
+                weight.nested_code,
+                weight.nested_absmax,
+                weight.offset,
+                ids,
+                out,
+                n,
+                d,
+                start,
+                weight.blocksize,
+                weight.nested_blocksize,
+                out.stride(0),
+                NESTED=weight.nested_code is not None,
+                PAIRS=d % 2 == 0,
+                BLOCK_T=config.block_t,
+                BLOCK=config.block,
+                num_warps=config.warps,
+                enable_fp_fusion=False,
+            )
     return out

@@ -1,13 +1,22 @@
-"""What the matrix-product kernels are given: aligned rows, by pointer or by tensor descriptor."""
+"""What kernels are given: their device, and for matrix products aligned rows or descriptors."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dilkern.kernels import configs
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's device current: Triton launches on the current one, whatever it is given."""
+    if tensor.is_cuda:
+        return torch.cuda.device_of(tensor)
+    return torch.xpu.device_of(tensor) if tensor.is_xpu else nullcontext()
 
 
 class Operands(NamedTuple):

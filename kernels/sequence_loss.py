@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dilkern.kernels import configs
+from dilkern.kernels.operands import on_device
 
 
 @triton.jit(do_not_specialize=["sequences"])
@@ -106,22 +107,23 @@ def sequence_loss(
     grad = token_logps.new_empty(token_logps.shape, dtype=torch.float32)
     config = configs.sequence(token_logps.device)
     if sequences:
-        _sequence_loss_kernel[(sequences,)](
-            token_logps,
-            ref_token_logps,
-            ref_logps,
-            scored,
-            bounds,
-            is_chosen,
-            *per_sequence,
-            grad,
-            sequences,
-            beta,
-            float("inf") if max_log_ratio is None else max_log_ratio,
-            H=h,
-            BY_LENGTH=length_normalize,
-            BLOCK=config.block,
-            **config.launch,
-        )
+        with on_device(token_logps):
+            _sequence_loss_kernel[(sequences,)](
+                token_logps,
+                ref_token_logps,
+                ref_logps,
+                scored,
+                bounds,
+                is_chosen,
+                *per_sequence,
+                grad,
+                sequences,
+                beta,
+                float("inf") if max_log_ratio is None else max_log_ratio,
+                H=h,
+                BY_LENGTH=length_normalize,
+                BLOCK=config.block,
+                **config.launch,
+            )
     logps, ratios, terms = per_sequence
     return SequenceLoss(terms.sum(), logps, ratios, terms, grad)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,6 +23,7 @@ from dilkern.kernels.chunk_softmax import chunk_softmax
 from dilkern.kernels.dz_tile import dz_tile
 from dilkern.kernels.fold_block import fold_block
 from dilkern.kernels.logps_forward import logps_forward
+from dilkern.kernels.operands import on_device
 from dilkern.kernels.target_logit import target_logit
 
 # ln 2 in two parts; the first has so few bits that its products with exponents are exact.
@@ -97,6 +99,74 @@ def _plan(
     return Blocks(rows, max(1, math.ceil(vocab / unit)) * unit)
 
 
+class Pass(NamedTuple):
+    """What one pass over the vocabulary leaves: sum over wrong words of exp(z) = total 2^top."""
+
+    top: Tensor  # (n,) integer exponents of 2
+    total: Tensor  # (n,)
+    reference: Tensor  # (n,) integer exponents of 2
+    mean_w: Tensor  # (n, D) sum over wrong words of exp(z) slope w / 2^reference, or (0, D)
+
+
+def _pass_over_vocabulary(
+    h: Tensor,  # (n, D)
+    labels: Tensor,  # (n,)
+    head: HeadView,
+    block: int,  # words at once
+    own: bool,
+    need_u: bool,
+) -> Pass:
+    n, width = h.shape
+    held = n if need_u else 0  # rows of P and U
+    tile = _tile_words(h, own)
+    top = h.new_full((n,), -torch.inf, dtype=torch.float32)
+    reference, total = top.clone(), torch.zeros_like(top)
+    mean_w = h.new_zeros(held, width, dtype=torch.float32)
+    bias = head.bias()
+    for start in range(0, head.vocab_size, block):
+        end = min(start + block, head.vocab_size)
+        weight = head.block(start, end, h.dtype)
+        tiles = triton.cdiv(end - start, tile)
+        exponents, sums = h.new_empty(2, n, tiles, dtype=torch.float32).unbind()
+        b = None if bias is None else bias[start:end]
+        if own:
+            p = h.new_empty(held, block)[:, : end - start]
+            logps_forward(
+                h,
+                weight,
+                labels,
+                reference,
+                exponents,
+                sums,
+                p,
+                start=start,
+                bias=b,
+                scale=head.scale,
+                softcap=head.softcap,
+            )
+        else:
+            z = _matmul(h, weight.t(), torch.float32)
+            p = z[:held] if h.dtype is z.dtype else h.new_empty(held, z.shape[1])
+            chunk_softmax(
+                z,
+                labels,
+                reference,
+                exponents,
+                sums,
+                p,
+                start=start,
+                bias=b,
+                scale=head.scale,
+                softcap=head.softcap,
+            )
+            del z
+        fold_block(exponents, sums, top, total, reference, p, mean_w, tile=tile)
+        if need_u:
+            mean_w = _add_matmul(mean_w, p, weight)
+        del p, weight, exponents, sums
+    return Pass(top, total, reference, mean_w)
+
+
 def forward(
     hidden: Tensor,  # (R, D)
     rows: Tensor,  # (N,) which rows of `hidden` are scored
@@ -110,42 +180,21 @@ def forward(
     n_tokens, width, dtype = rows.numel(), hidden.shape[1], hidden.dtype
     own = configs.own_product(hidden.device, dtype, width)
     blocks = _plan(n_tokens, head, hidden, workspace_bytes, own=own)
-    tile = _tile_words(hidden, own)
     logps, lse = (hidden.new_empty(n_tokens, dtype=torch.float32) for _ in range(2))
     # fp16 cannot hold the small u of a confident token; its gradient is scaled later, by g.
     u_dtype = torch.float32 if dtype is torch.float16 else dtype
     u = hidden.new_empty(n_tokens if need_u else 0, width, dtype=u_dtype)
     bias = head.bias()
     for part in _row_blocks(n_tokens, blocks.rows):
-        h, y = hidden.index_select(0, rows[part]), labels[part]
-        w_y = head.gather(y, dtype).contiguous()
-        b_y = None if bias is None else bias.index_select(0, y)
-        n = y.numel()
-        z_y = h.new_empty(n, dtype=torch.float32)
-        target_logit(h, w_y, z_y, bias=b_y, scale=head.scale, softcap=head.softcap)
-        top, reference = torch.full_like(z_y, -torch.inf), torch.full_like(z_y, -torch.inf)
-        total = torch.zeros_like(z_y)  # sum over wrong words of exp(z) / 2^top
-        mean_w = h.new_zeros(n if need_u else 0, width, dtype=torch.float32)  # sum of p w / 2^ref
-        for start in range(0, head.vocab_size, blocks.vocab):
-            end = min(start + blocks.vocab, head.vocab_size)
-            weight = head.block(start, end, dtype)
-            tiles = triton.cdiv(end - start, tile)
-            exponents, sums = h.new_empty(2, n, tiles, dtype=torch.float32).unbind()
-            b = None if bias is None else bias[start:end]
-            options = {"start": start, "bias": b, "scale": head.scale, "softcap": head.softcap}
-            if own:
-                p = h.new_empty(n if need_u else 0, blocks.vocab)[:, : end - start]
-                logps_forward(h, weight, y, reference, exponents, sums, p, **options)
-            else:
-                z = _matmul(h, weight.t(), torch.float32)
-                p = z if dtype is torch.float32 else h.new_empty(n if need_u else 0, z.shape[1])
-                p = p[: n if need_u else 0]
-                chunk_softmax(z, y, reference, exponents, sums, p, **options)
-                del z
-            fold_block(exponents, sums, top, total, reference, p, mean_w, tile=tile)
-            if need_u:
-                mean_w = _add_matmul(mean_w, p, weight)
-            del p, weight, exponents, sums
+        with on_device(hidden):
+            h, y = hidden.index_select(0, rows[part]), labels[part]
+            w_y = head.gather(y, dtype).contiguous()
+            b_y = None if bias is None else bias.index_select(0, y)
+            z_y = h.new_empty(y.numel(), dtype=torch.float32)
+            target_logit(h, w_y, z_y, bias=b_y, scale=head.scale, softcap=head.softcap)
+            top, total, reference, mean_w = _pass_over_vocabulary(
+                h, y, head, blocks.vocab, own, need_u
+            )
         lead = (z_y - top * _LN2_HIGH) - top * _LN2_LOW
         ahead = lead > 0
         small = (-lead.abs()).exp()
@@ -196,19 +245,20 @@ def head_backward(
         for part in _row_blocks(n_tokens, blocks.rows):
             h, y = hidden.index_select(0, rows[part]), labels[part]
             dz = h.new_empty(y.numel(), end - start)
-            dz_tile(
-                h,
-                weight,
-                y,
-                lse[part],
-                miss[part],
-                g[part],
-                dz,
-                start=start,
-                bias=None if bias is None else bias[start:end],
-                scale=head.scale,
-                softcap=head.softcap,
-            )
+            with on_device(hidden):
+                dz_tile(
+                    h,
+                    weight,
+                    y,
+                    lse[part],
+                    miss[part],
+                    g[part],
+                    dz,
+                    start=start,
+                    bias=None if bias is None else bias[start:end],
+                    scale=head.scale,
+                    softcap=head.softcap,
+                )
             d_bias += dz.sum(0, dtype=torch.float32)
             d_weight = _add_matmul(d_weight, dz.t(), h)
             del dz

@@ -10,7 +10,15 @@ from dilkern.lm_head import DenseHead
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # T, V, D: empty, one of everything, one block, ragged blocks, D no multiple of 16 bytes.
-SHAPES = [(0, 7, 16), (1, 1, 8), (1, 65, 16), (37, 203, 80), (64, 128, 64), (70, 333, 72), (9, 50, 7)]
+SHAPES = [
+    (0, 7, 16),
+    (1, 1, 8),
+    (1, 65, 16),
+    (37, 203, 80),
+    (64, 128, 64),
+    (70, 333, 72),
+    (9, 50, 7),
+]
 OPTIONS = {
     "plain": {},
     "softcap": {"softcap": 5.0},
@@ -215,7 +223,9 @@ def test_auto_stays_with_torch_on_cpu_and_fp64_is_refused():
     assert base.resolve("triton", cpu, torch.float32) == "triton"
     with pytest.raises(ValueError, match="torch backend"):
         linear_logps(
-            torch.randn(2, 4).double(), torch.randn(3, 4).double(), torch.zeros(2).long(),
+            torch.randn(2, 4).double(),
+            torch.randn(3, 4).double(),
+            torch.zeros(2).long(),
             backend="triton",
         )
     meta = torch.device("mps")

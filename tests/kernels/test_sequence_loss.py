@@ -39,7 +39,12 @@ def plain(h, logps, scored, bounds, is_chosen, ref_tokens, ref, beta, by_length,
     return loss, torch.stack(ratios)
 
 
-LENGTHS = {"pair": [5, 9], "one token": [1, 1], "with empty": [0, 7, 3, 0], "long": [150, 64, 65, 1]}
+LENGTHS = {
+    "pair": [5, 9],
+    "one token": [1, 1],
+    "with empty": [0, 7, 3, 0],
+    "long": [150, 64, 65, 1],
+}
 
 
 @pytest.mark.parametrize("by_length", [True, False])

@@ -43,7 +43,9 @@ def test_p_and_statistics(dtype, shape, options, kernel, form):
         pytest.skip("chunk_softmax has one form")
     n, v, _ = shape
     h, w, bias, labels, start = make(shape, dtype)
-    tile = configs.tile(CPU, dtype).block_v if kernel == "logps_forward" else configs.chunk(CPU).block
+    tile = (
+        configs.tile(CPU, dtype).block_v if kernel == "logps_forward" else configs.chunk(CPU).block
+    )
     tiles = -(-v // tile)
     exponents, intact_e = guarded(n, tiles)
     sums, intact_s = guarded(n, tiles)
@@ -106,7 +108,10 @@ def test_dz(dtype, shape, options, form):
     expected[rows, local[rows]] = miss[rows].double()
     expected *= g.double()[:, None]
     expected *= 1 - (z / options["softcap"]).square() if options else 1
-    tolerance = {"rtol": 2 * eps_of(dtype) + 3e-5, "atol": 1e-7 + expected.abs().max().item() * 1e-6}
+    tolerance = {
+        "rtol": 2 * eps_of(dtype) + 3e-5,
+        "atol": 1e-7 + expected.abs().max().item() * 1e-6,
+    }
     torch.testing.assert_close(dz.double(), expected, **tolerance)
 
 
@@ -153,7 +158,9 @@ def test_fold_brings_p_and_u_to_one_reference(dtype, shape):
     u.copy_(torch.randn(n, d) * (old > -float("inf"))[:, None])
     value_p = p.double() * torch.where(wide > -float("inf"), wide, 0).double().exp2()
     value_u = u.double() * torch.where(old > -float("inf"), old, 0).double()[:, None].exp2()
-    value = total.double() * top.double().exp2() + (sums.double() * exponents.double().exp2()).sum(1)
+    value = total.double() * top.double().exp2() + (sums.double() * exponents.double().exp2()).sum(
+        1
+    )
     reference = old.clone()
     alone = [x.clone() for x in (top, total, reference)]
     fold_block(exponents, sums, top, total, reference, p, u, tile=tile)
@@ -164,7 +171,9 @@ def test_fold_brings_p_and_u_to_one_reference(dtype, shape):
     assert ((top - reference) <= 11).all() and (reference <= top).all()
     scale = reference.double().exp2()[:, None]
     # fp16 loses what falls under its smallest subnormal, 2^-24 of the reference; so atol.
-    torch.testing.assert_close(p.double() * scale, value_p, rtol=1e-6, atol=2**-24 * scale.max().item())
+    torch.testing.assert_close(
+        p.double() * scale, value_p, rtol=1e-6, atol=2**-24 * scale.max().item()
+    )
     torch.testing.assert_close(u.double() * scale, value_u, rtol=1e-6, atol=0)
     fold_block(exponents, sums, *alone, p.new_empty(0, v), u.new_empty(0, d), tile=tile)
     assert torch.equal(alone[0], top) and torch.equal(alone[1], total)
