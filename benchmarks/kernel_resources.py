@@ -122,7 +122,7 @@ def _describe(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], tuple[st
         scalars |= {"scale": "fp32", "softcap": "fp32", "store_p": "i32"}
         statistics = ("reference_ptr", "exponents_ptr", "sums_ptr", "lse_ptr", "miss_ptr", "g_ptr")
         signature = {**operands, "bias_ptr": pointer, "labels_ptr": "*i64", "p_ptr": pointer}
-        signature |= {"dz_ptr": pointer, **{name: "*fp32" for name in statistics}, **scalars}
+        signature |= {"dz_ptr": pointer, **dict.fromkeys(statistics, "*fp32"), **scalars}
         aligned = ("d", "stride_h", "stride_w", "stride_p", "stride_dz", "p_ptr", "dz_ptr")
         aligned += ("bias_ptr", "labels_ptr", *statistics)
         aligned += () if row.descriptors else ("h", "w")
@@ -194,7 +194,7 @@ def compile_case(case: Case) -> Resources | str:
 
     try:
         kernel, signature, constants, aligned, row = _describe(case)
-        signature = {**signature, **{k: "constexpr" for k in constants}}
+        signature = {**signature, **dict.fromkeys(constants, "constexpr")}
         signature = {name: signature[name] for name in kernel.arg_names}
         attrs = {
             (kernel.arg_names.index(name),): [["tt.divisibility", 16]]

@@ -25,7 +25,29 @@ def _bind_checkout_kernels() -> None:
 
 _bind_checkout_kernels()
 
+from dilkern.functional import DILLoss, fused_dil_loss, fused_preference_loss  # noqa: E402
+from dilkern.lm_head import DenseHead, Head  # noqa: E402
 from dilkern.logps import linear_logps  # noqa: E402
+from dilkern.losses import LOSSES, Loss  # noqa: E402
+from dilkern.sequence_loss import (  # noqa: E402
+    DILLossOutput,
+    PreferenceLossOutput,
+    preference_loss,
+    preference_metrics,
+)
 
 __version__ = "0.1.0"
-__all__ = ["linear_logps"]
+__all__ = [
+    "LOSSES",
+    "DILLoss",
+    "DILLossOutput",
+    "DenseHead",
+    "Head",
+    "Loss",
+    "PreferenceLossOutput",
+    "fused_dil_loss",
+    "fused_preference_loss",
+    "linear_logps",
+    "preference_loss",
+    "preference_metrics",
+]

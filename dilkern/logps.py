@@ -42,7 +42,7 @@ def _linear_logps(
         scored = (labels != ignore_index).nonzero().squeeze(1)
         targets = labels.index_select(0, scored).long()
         check_label_values(targets, head.vocab_size, ignore_index)
-        result = backends.load(backend).forward(
+        result = backends.resolve(backend, hidden.device, hidden.dtype).forward(
             hidden, scored - shift, targets, head, workspace_bytes=workspace_bytes, need_u=need_u
         )
         token_logps = result.logps.new_zeros(labels.shape).index_copy_(0, scored, result.logps)
@@ -50,9 +50,8 @@ def _linear_logps(
 
 
 @_linear_logps.register_fake
-def _(
-    hidden, labels, head_tensors, head_spec, shift, ignore_index, backend, workspace_bytes, need_u
-):  # type: ignore[no-untyped-def]
+def _(hidden: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    need_u = options[-1]
     num_scored = torch.library.get_ctx().new_dynamic_size()
     acc = backends.accumulation_dtype(hidden.dtype)
     u_dtype = acc if hidden.dtype is torch.float16 else hidden.dtype
@@ -74,14 +73,16 @@ def _hidden_backward(
     shift: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """grad_hidden_i = g_i u_i (8), zero for rows that are not scored."""
+    """grad_hidden_i = g_i u_i (7), zero for rows that are not scored."""
     with torch.autocast(grad.device.type, enabled=False):
         rows = (grad.index_select(0, scored).unsqueeze(1) * u).to(dtype)
         return rows.new_zeros(grad.shape[0], u.shape[1]).index_copy_(0, scored - shift, rows)
 
 
 @_hidden_backward.register_fake
-def _(grad, token_logps, scored, u, shift, dtype):  # type: ignore[no-untyped-def]
+def _(
+    grad: Tensor, token_logps: Tensor, scored: Tensor, u: Tensor, shift: int, dtype: torch.dtype
+) -> Tensor:
     return u.new_empty(grad.shape[0], u.shape[1], dtype=dtype)
 
 
@@ -104,7 +105,7 @@ def _head_backward(
     """Return one gradient per head tensor, empty where none is needed."""
     head = rebuild(head_spec, head_tensors)
     with torch.autocast(hidden.device.type, enabled=False):
-        gradients = backends.load(backend).head_backward(
+        gradients = backends.resolve(backend, hidden.device, hidden.dtype).head_backward(
             hidden,
             scored - shift,
             labels.index_select(0, scored).long(),
@@ -119,9 +120,8 @@ def _head_backward(
 
 
 @_head_backward.register_fake
-def _(
-    grad, token_logps, hidden, labels, scored, logps, lse, head_tensors, head_spec, needed, *rest
-):  # type: ignore[no-untyped-def]
+def _(*inputs: Any) -> list[Tensor]:
+    head_tensors, needed = inputs[7], inputs[9]
     return [torch.empty_like(t) if n else t.new_empty(0) for t, n in zip(head_tensors, needed)]
 
 
@@ -239,7 +239,7 @@ def linear_logps(
         RuntimeError: on double backward.
 
     Numerics: logits, statistics and accumulation in fp32; same inputs, same bits, with or without
-    gradient; NaN and Inf propagate. One device sync (which positions are scored). Under autocast the
+    gradient; NaN and Inf propagate. Two device syncs (which labels are scored, and their range). Under autocast the
     products take operands of the autocast dtype.
 
     Memory: `workspace_mib` + u (N, D) when hidden states require grad; never (T, V).
@@ -265,13 +265,11 @@ def linear_logps(
         )
     for tensor in head.tensors():
         check_same_device("lm_head", tensor, "hidden_states", hidden_states)
-    dtype = _compute_dtype(hidden_states, head)
-    backend = backends.resolve(backend, hidden_states.device, dtype)
-    hidden = head.project(hidden_states.to(dtype))
+    hidden = head.project(hidden_states.to(_compute_dtype(hidden_states, head)))
     if shift:
         labels = labels.clone()
         labels[..., :1] = ignore_index
-    token_logps, *_ = _linear_logps(
+    outputs: tuple[Tensor, ...] = _linear_logps(
         hidden.reshape(-1, hidden.shape[-1]),
         labels.reshape(-1),
         head.tensors(),
@@ -282,4 +280,4 @@ def linear_logps(
         int(workspace_mib * 2**20),
         torch.is_grad_enabled() and hidden.requires_grad,
     )
-    return token_logps.reshape(labels.shape)
+    return outputs[0].reshape(labels.shape)

@@ -5,6 +5,7 @@ S sequences, L positions, T tokens (flat), D hidden size, V vocabulary size.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
@@ -101,7 +102,7 @@ def check_cu_seqlens(cu_seqlens: Any, labels: Tensor) -> None:
     check_same_device("cu_seqlens", cu_seqlens, "labels", labels)
     if not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
-        ordered = all(a <= b for a, b in zip(bounds, bounds[1:]))
+        ordered = all(a <= b for a, b in pairwise(bounds))
         if bounds[0] != 0 or bounds[-1] != labels.numel() or not ordered:
             reject(
                 f"`cu_seqlens` must rise from 0 to T={labels.numel()}",

@@ -46,10 +46,8 @@ def _nf4_dequant_kernel(
         row = tl.load(ids_ptr + offs_t, mask=mask_t, other=0).to(tl.int64)
     else:
         row = start + offs_t.to(tl.int64)
-    if PAIRS:
-        offs = first + 2 * tl.arange(0, BLOCK // 2)
-    else:
-        offs = first + tl.arange(0, BLOCK)
+    step: tl.constexpr = 2 if PAIRS else 1
+    offs = first + step * tl.arange(0, BLOCK // step)
     inside = mask_t[:, None] & (offs[None, :] < d)
     flat = row[:, None] * d + offs[None, :]
     byte = tl.load(packed_ptr + flat // 2, mask=inside, other=0).to(tl.int32)

@@ -91,7 +91,7 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype | None = None) -
     return backend.why_not(device, dtype)
 
 
-def resolve(name: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+def resolve(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Backend:
     """Return the backend that serves `device`: the named one or, for "auto", the first that can.
 
     On CPU "auto" is the torch backend: Triton's interpreter serves only those who ask for it.
@@ -101,7 +101,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype | None = None) -
     """
     if name == "auto":
         order = ["torch"] if device.type == "cpu" else list(BACKENDS)
-        return next(known for known in order if why_not(known, device, dtype) is None)
+        return load(next(known for known in order if why_not(known, device, dtype) is None))
     if name not in BACKENDS:
         reject(
             f"`backend` must be 'auto' or one of: {', '.join(BACKENDS)}", repr(name), "Use 'auto'."
@@ -113,7 +113,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype | None = None) -
             reason,
             "Use backend='auto', or 'torch'.",
         )
-    return name
+    return load(name)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -120,7 +120,7 @@ def forward(
     workspace_bytes: int,
     need_u: bool,
 ) -> Forward:
-    """One pass over the vocabulary: log-probs and, if asked, the unscaled gradient u (4)-(7)."""
+    """One pass over the vocabulary: log-probs and, if asked, the unscaled gradient u (4)-(6)."""
     acc = accumulation_dtype(hidden.dtype)
     n_tokens, width = rows.numel(), hidden.shape[1]
     blocks = _plan(n_tokens, head, hidden, workspace_bytes)
@@ -158,7 +158,7 @@ def forward(
         )
         lse[part] = z_y - logps[part]
         if mean_w is not None:
-            # 1 / sum of all exp, seen from `reference`: exp(reference - lse) (6)
+            # 1 / sum of all exp, seen from `reference`: exp(reference - lse), p_v of (6)
             share = torch.where(ahead, small / (1 + total * small), 1 / (total + small))
             miss = -torch.expm1(logps[part])
             if slope_y is not None:
@@ -180,7 +180,7 @@ def head_backward(
     needed: Sequence[bool],
     workspace_bytes: int,
 ) -> list[Tensor | None]:
-    """Recompute the logits block by block and hand each block's gradient to the head (9)."""
+    """Recompute the logits block by block and hand each block's gradient to the head (8)."""
     acc = accumulation_dtype(hidden.dtype)
     n_tokens = rows.numel()
     blocks = _plan(n_tokens, head, hidden, workspace_bytes)

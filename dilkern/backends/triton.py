@@ -49,9 +49,9 @@ def why_not(device: torch.device, dtype: torch.dtype | None = None) -> str | Non
 
 def _tile_words(hidden: Tensor, own: bool) -> int:
     """Words per tile of the kernel that writes P and its partial sums."""
-    if own:
-        return configs.tile(hidden.device, hidden.dtype).block_v
-    return configs.chunk(hidden.device).block
+    device = hidden.device
+    words: int = configs.tile(device, hidden.dtype).block_v if own else configs.chunk(device).block
+    return words
 
 
 def _plan(

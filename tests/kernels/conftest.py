@@ -79,25 +79,28 @@ def _poisoned(make):
     return poisoned
 
 
-@pytest.fixture(params=["library", "own"])
-def product(request, monkeypatch):
-    """Both ways to P: the library product with chunk_softmax, and our own product."""
-    from dilkern.kernels import configs
-
-    monkeypatch.setattr(configs, "own_product", lambda *_: request.param == "own")
-    return request.param
-
-
 @pytest.fixture(params=["pointers", "descriptors"])
 def form(request, monkeypatch):
     """Both forms of the matrix-product kernels."""
+    _set_form(monkeypatch, request.param)
+
+
+@pytest.fixture(params=["library", "own-pointers", "own-descriptors"])
+def path(request, monkeypatch):
+    """Every way to P: the library product with chunk_softmax, and our own product in both forms."""
+    from dilkern.kernels import configs
+
+    monkeypatch.setattr(configs, "own_product", lambda *_: request.param != "library")
+    _set_form(monkeypatch, request.param.rpartition("-")[2])
+
+
+def _set_form(monkeypatch, form):
     from dilkern.kernels import configs
 
     tile = configs.tile
     monkeypatch.setattr(
-        configs, "tile", lambda *a: tile(*a)._replace(descriptors=request.param == "descriptors")
+        configs, "tile", lambda *a: tile(*a)._replace(descriptors=form == "descriptors")
     )
-    return request.param
 
 
 sys.path.insert(0, str(HERE))

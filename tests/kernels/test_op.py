@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from budget import check, eps_of
 
 from dilkern import linear_logps
 from dilkern.backends import base
@@ -21,8 +20,6 @@ SHAPES = [
 ]
 OPTIONS = {
     "plain": {},
-    "softcap": {"softcap": 5.0},
-    "bias-scale": {"bias": True, "scale": 0.37},
     "all": {"bias": True, "scale": 1.7, "softcap": 8.0},
 }
 
@@ -44,7 +41,7 @@ def eager(h, w, b, labels, scale, softcap):
     z = softcap * torch.tanh(z / softcap) if softcap else z
     acc = torch.float64 if z.dtype is torch.float64 else torch.float32
     logps = z.to(acc).log_softmax(-1).gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1)
-    return torch.where(labels != -100, logps, 0), z
+    return torch.where(labels != -100, logps, 0)
 
 
 def run(fn, *tensors, g):
@@ -57,33 +54,30 @@ def run(fn, *tensors, g):
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_fp64_within_the_budget(dtype, shape, option, product, form):
-    if product == "library" and form == "descriptors" and shape[0] > 9:
-        pytest.skip("the form concerns our own product and dz_tile, tested at the small shapes")
+def test_matches_fp64_within_the_budget(dtype, shape, option, path, budget):
     h, w, b, labels, opts = make(shape, dtype, **OPTIONS[option])
     g = torch.randn(labels.shape, dtype=torch.float64)
     doubles = [None if x is None else x.double() for x in (h, w, b)]
-    truth, truth_grads = run(lambda *x: eager(*x, labels, **opts)[0], *doubles, g=g)
-    peer, peer_grads = run(lambda *x: eager(*x, labels, **opts)[0], h, w, b, g=g)
+    truth, truth_grads = run(lambda *x: eager(*x, labels, **opts), *doubles, g=g)
+    _, peer_grads = run(lambda *x: eager(*x, labels, **opts), h, w, b, g=g)
     fp32 = [None if x is None else x.float() for x in (h, w, b)]
-    peer32, z = eager(*fp32, labels, **opts)
+    peer32 = eager(*fp32, labels, **opts)
 
     def ours(h, w, b):
         head = DenseHead(w, b, **opts)
         return linear_logps(h, head, labels, backend="triton", workspace_mib=0.06)
 
     got, grads = run(ours, h, w, b, g=g)
-    size = max([1.0, opts["softcap"], z.abs().max().item() if z.numel() else 0])
     # Products of 16-bit inputs are exact in fp32: the log-probs must be as good as fp32's own.
-    check(got, peer32, truth, eps=eps_of(torch.float32), size=size)
-    for mine, other, true in zip(grads, peer_grads, truth_grads):
+    budget.check("logps", got, peer32, truth)
+    for name, mine, other, true in zip(("h", "w", "b"), grads, peer_grads, truth_grads):
         if true is not None:
-            check(mine, other, true, eps=eps_of(dtype))
+            budget.check(f"grad {name}", mine, other, true)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("option", OPTIONS)
-def test_gradient_does_not_change_a_bit(dtype, option, product, form):
+def test_gradient_does_not_change_a_bit(dtype, option, path):
     h, w, b, labels, opts = make((53, 301, 72), dtype, **OPTIONS[option], spread=3.0)
     head = DenseHead(w, b, **opts)
     options = {"backend": "triton", "workspace_mib": 0.05}
@@ -92,7 +86,7 @@ def test_gradient_does_not_change_a_bit(dtype, option, product, form):
     assert torch.equal(with_u, without)
 
 
-def test_two_runs_give_the_same_bits(product):
+def test_two_runs_give_the_same_bits(path):
     h, w, b, labels, opts = make((40, 150, 48), torch.bfloat16, bias=True, softcap=9.0)
     runs = []
     for _ in range(2):
@@ -106,14 +100,14 @@ def test_two_runs_give_the_same_bits(product):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_confident_tokens_keep_their_gradient(dtype, product):
+def test_confident_tokens_keep_their_gradient(dtype, path):
     torch.manual_seed(3)
     w = torch.randn(90, 64).to(dtype)
     labels = torch.randint(0, 90, (33,))
     h = (w[labels].float() * 0.4).to(dtype)  # p_y > 0.999
     g = torch.ones(33)
     truth, (grad_true,) = run(
-        lambda x: eager(x, w.double(), None, labels, 1.0, 0.0)[0], h.double(), g=g
+        lambda x: eager(x, w.double(), None, labels, 1.0, 0.0), h.double(), g=g
     )
     assert truth.exp().min() > 0.9
     leaf = h.clone().requires_grad_()
@@ -124,12 +118,12 @@ def test_confident_tokens_keep_their_gradient(dtype, product):
     got.sum().backward()
     rows = (leaf.grad.double() - grad_true).norm(dim=1) / grad_true.norm(dim=1)
     tiny = grad_true.norm(dim=1) < 1e-5  # fp16 gradients are subnormal there
-    assert rows[~tiny].max() < 8 * eps_of(dtype) + 2e-4
+    assert rows[~tiny].max() < 8 * torch.finfo(dtype).eps + 2e-4
 
 
 @pytest.mark.parametrize("order", ["rising", "falling"])
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e30])
-def test_any_finite_logit(order, size, product):
+def test_any_finite_logit(order, size, path, budget):
     """Logits that climb by far more than the slack from block to block, and back."""
     torch.manual_seed(0)
     v = 300
@@ -142,17 +136,17 @@ def test_any_finite_logit(order, size, product):
     labels = torch.randint(0, v, (20,))
     leaf, truth_leaf = h.clone().requires_grad_(), h.double().requires_grad_()
     got = linear_logps(leaf, w, labels, backend="triton", workspace_mib=0.02)
-    truth = eager(truth_leaf, w.double(), None, labels, 1.0, 0.0)[0]
+    truth = eager(truth_leaf, w.double(), None, labels, 1.0, 0.0)
     other = h.clone().requires_grad_()
-    peer = eager(other, w, None, labels, 1.0, 0.0)[0]
+    peer = eager(other, w, None, labels, 1.0, 0.0)
     for x in (got, truth, peer):
         x.sum().backward()
-    check(got.detach(), peer.detach(), truth.detach(), eps=eps_of(torch.float32), size=size)
-    check(leaf.grad, other.grad, truth_leaf.grad, eps=eps_of(torch.float32))
+    budget.check("logps", got.detach(), peer.detach(), truth.detach())
+    budget.check("grad", leaf.grad, other.grad, truth_leaf.grad)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_non_finite_inputs_propagate(value, product):
+def test_non_finite_inputs_propagate(value, path):
     h, w, _, labels, _ = make((12, 140, 32), torch.float32)
     labels = labels.clamp_min(0)
     h[3, 5] = value
@@ -161,7 +155,7 @@ def test_non_finite_inputs_propagate(value, product):
     assert torch.isfinite(got[torch.arange(12) != 3]).all()
 
 
-def test_minus_infinite_bias_removes_words(product):
+def test_minus_infinite_bias_removes_words(path):
     h, w, _, labels, _ = make((12, 140, 32), torch.float32)
     labels = labels.clamp_min(0)
     b = torch.zeros(140)
@@ -172,7 +166,7 @@ def test_minus_infinite_bias_removes_words(product):
     torch.testing.assert_close(got, short, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_and_weights_that_are_not_contiguous(product, form):
+def test_rows_and_weights_that_are_not_contiguous(path):
     h, w, _, labels, _ = make((30, 100, 48), torch.float16)
     plain = linear_logps(h, w, labels, backend="triton")
     strided = torch.empty(60, 96, dtype=torch.float16)[::2, ::2]
@@ -185,7 +179,7 @@ def test_rows_and_weights_that_are_not_contiguous(product, form):
 
 
 @pytest.mark.parametrize("workspace_mib", [0.012, 0.1, 64])
-def test_any_workspace(workspace_mib, product):
+def test_any_workspace(workspace_mib, path):
     h, w, b, labels, opts = make((41, 260, 40), torch.bfloat16, bias=True)
     leaf = h.clone().requires_grad_()
     got = linear_logps(
@@ -193,7 +187,7 @@ def test_any_workspace(workspace_mib, product):
     )
     got.sum().backward()
     truth, (grad, *_) = run(
-        lambda *x: eager(*x, labels, **opts)[0],
+        lambda *x: eager(*x, labels, **opts),
         h.double(),
         w.double(),
         b.double(),
@@ -203,15 +197,15 @@ def test_any_workspace(workspace_mib, product):
     assert (leaf.grad - grad).abs().max() < 0.02 * grad.abs().max()
 
 
-def test_inputs_are_left_alone(product):
-    h, w, b, labels, opts = make((20, 90, 32), torch.float32, bias=True)
+def test_inputs_are_left_alone(path):
+    h, w, b, labels, _ = make((20, 90, 32), torch.float32, bias=True)
     before = [x.clone() for x in (h, w, b, labels)]
     leaf = h.requires_grad_()
     linear_logps(leaf, DenseHead(w, b), labels, backend="triton").sum().backward()
     assert all(torch.equal(a, b) for a, b in zip(before, (h.detach(), w, b, labels)))
 
 
-def test_packed_4bit_sizes_of_labels_do_not_matter():
+def test_int32_labels():
     h, w, _, labels, _ = make((20, 90, 32), torch.float32)
     got = linear_logps(h, w, labels.int(), backend="triton")
     assert torch.equal(got, linear_logps(h, w, labels, backend="triton"))
@@ -219,8 +213,8 @@ def test_packed_4bit_sizes_of_labels_do_not_matter():
 
 def test_auto_stays_with_torch_on_cpu_and_fp64_is_refused():
     cpu = torch.device("cpu")
-    assert base.resolve("auto", cpu) == "torch"
-    assert base.resolve("triton", cpu, torch.float32) == "triton"
+    assert base.resolve("auto", cpu) is base.load("torch")
+    assert base.resolve("triton", cpu, torch.float32) is base.load("triton")
     with pytest.raises(ValueError, match="torch backend"):
         linear_logps(
             torch.randn(2, 4).double(),
@@ -228,6 +222,5 @@ def test_auto_stays_with_torch_on_cpu_and_fp64_is_refused():
             torch.zeros(2).long(),
             backend="triton",
         )
-    meta = torch.device("mps")
     with pytest.raises(ValueError, match="mps"):
-        base.resolve("triton", meta)
+        base.resolve("triton", torch.device("mps"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from budget import check, eps_of, guarded
+from guard import guarded
 
 from dilkern.kernels import configs
 from dilkern.kernels.chunk_softmax import chunk_softmax
@@ -34,18 +34,14 @@ def make(shape, dtype, bias=True):
     return h, w, torch.randn(v).to(dtype) if bias else None, labels, start
 
 
-@pytest.mark.parametrize("kernel", ["chunk_softmax", "logps_forward"])
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "capped"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_p_and_statistics(dtype, shape, options, kernel, form):
-    if kernel == "chunk_softmax" and form == "descriptors":
-        pytest.skip("chunk_softmax has one form")
+def test_p_and_statistics(dtype, shape, options, path):
+    own = configs.own_product()
     n, v, _ = shape
     h, w, bias, labels, start = make(shape, dtype)
-    tile = (
-        configs.tile(CPU, dtype).block_v if kernel == "logps_forward" else configs.chunk(CPU).block
-    )
+    tile = configs.tile(CPU, dtype).block_v if own else configs.chunk(CPU).block
     tiles = -(-v // tile)
     exponents, intact_e = guarded(n, tiles)
     sums, intact_s = guarded(n, tiles)
@@ -55,7 +51,7 @@ def test_p_and_statistics(dtype, shape, options, kernel, form):
     settings = {"start": start, "bias": bias, **options}
 
     def launch(p):
-        if kernel == "logps_forward":
+        if own:
             logps_forward(h, w, labels, reference, exponents, sums, p, **settings)
         else:
             z = h.float() @ w.float().T
@@ -83,7 +79,7 @@ def test_p_and_statistics(dtype, shape, options, kernel, form):
         low = e > reference[some] + 11
         used = torch.where(low, e, reference[some].double())
         expected = z[some][:, part].exp() * slope[some][:, part] * (-used).exp2()[:, None]
-        tolerance = {"rtol": 2 * eps_of(dtype) + 3e-5, "atol": 1e-7}
+        tolerance = {"rtol": 2 * torch.finfo(dtype).eps + 3e-5, "atol": 1e-7}
         torch.testing.assert_close(p[some][:, part].double(), expected, **tolerance)
     # Without P: the same bits.
     before = exponents.clone(), sums.clone()
@@ -109,7 +105,7 @@ def test_dz(dtype, shape, options, form):
     expected *= g.double()[:, None]
     expected *= 1 - (z / options["softcap"]).square() if options else 1
     tolerance = {
-        "rtol": 2 * eps_of(dtype) + 3e-5,
+        "rtol": 2 * torch.finfo(dtype).eps + 3e-5,
         "atol": 1e-7 + expected.abs().max().item() * 1e-6,
     }
     torch.testing.assert_close(dz.double(), expected, **tolerance)
@@ -118,7 +114,7 @@ def test_dz(dtype, shape, options, form):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "capped"])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (65, 64), (70, 200)], ids=str)
-def test_target_logit(dtype, shape, options):
+def test_target_logit(dtype, shape, options, budget):
     torch.manual_seed(0)
     n, d = shape
     h, w = torch.randn(n, d).to(dtype), torch.randn(n, d).to(dtype)
@@ -134,7 +130,7 @@ def test_target_logit(dtype, shape, options):
 
     truth = reference(h.double(), w.double(), bias.double())
     peer = reference(h.float(), w.float(), bias.float())
-    check(z, peer, truth, eps=eps_of(torch.float32), size=max(4.0, truth.abs().max().item()))
+    budget.check("z_y", z, peer, truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

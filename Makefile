@@ -1,0 +1,44 @@
+# Two commands: `make demo` and `make test`. Everything runs in one virtual environment, .venv.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: install demo test check gpu aot fuzz bench bench-gpu docs clean
+
+install: $(VENV)/.installed
+
+# A machine with an NVIDIA driver gets the CUDA build of torch (and the Triton that it brings), any
+# other the CPU build: from whatever index or folder pip is configured with, else from PyTorch's own.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install -q "torch==$(TORCH)"; \
+	else $(BIN)/pip install -q "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || $(BIN)/pip install -q "torch==$(TORCH)" --index-url $(CPU_INDEX); fi
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $@
+
+# make demo DATA=pairs.jsonl trains on preference pairs of your own.
+demo: install
+	$(BIN)/python examples/demo.py $(if $(DATA),--data $(DATA))
+
+# Kernels run in Triton's interpreter, which must be chosen before Triton is imported, and are
+# compiled ahead of time, which the interpreter forbids: hence three processes.
+test: install
+	HF_HUB_OFFLINE=1 $(BIN)/pytest --ignore=tests/kernels --ignore=tests/aot
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -m "not fuzz"
+	$(BIN)/pytest tests/aot
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info
