@@ -141,7 +141,6 @@ def own_product(device: torch.device, dtype: torch.dtype, hidden_size: int) -> b
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """Exact fp32 products unless PyTorch's own setting allows TF32."""
-    if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee"
+    """Exact fp32 products unless PyTorch's own setting allows TF32, by whichever of its names."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype is torch.float32 and allowed else "ieee"

@@ -5,6 +5,7 @@ import torch
 
 from dilkern import linear_logps
 from dilkern.backends import base
+from dilkern.kernels import configs
 from dilkern.lm_head import DenseHead
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -224,3 +225,10 @@ def test_auto_stays_with_torch_on_cpu_and_fp64_is_refused():
         )
     with pytest.raises(ValueError, match="mps"):
         base.resolve("triton", torch.device("mps"))
+
+
+def test_tf32_only_where_pytorch_allows_it(monkeypatch):
+    assert configs.input_precision(torch.float32) == "ieee"
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    assert configs.input_precision(torch.float32) == "tf32"
+    assert configs.input_precision(torch.bfloat16) == "ieee"
