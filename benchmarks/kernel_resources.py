@@ -120,7 +120,15 @@ def _describe(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], tuple[st
         scalars = {"n": "i32", "v": "i32", "d": "i32", "start": "i32", "tiles": "i32"}
         scalars |= {"stride_h": "i32", "stride_w": "i32", "stride_p": "i32", "stride_dz": "i32"}
         scalars |= {"scale": "fp32", "softcap": "fp32", "store_p": "i32"}
-        statistics = ("reference_ptr", "exponents_ptr", "sums_ptr", "lse_ptr", "miss_ptr", "g_ptr")
+        statistics = (
+            "reference_ptr",
+            "exponents_ptr",
+            "sums_ptr",
+            "z_y_ptr",
+            "logps_ptr",
+            "miss_ptr",
+            "g_ptr",
+        )
         signature = {**operands, "bias_ptr": pointer, "labels_ptr": "*i64", "p_ptr": pointer}
         signature |= {"dz_ptr": pointer, **dict.fromkeys(statistics, "*fp32"), **scalars}
         aligned = ("d", "stride_h", "stride_w", "stride_p", "stride_dz", "p_ptr", "dz_ptr")

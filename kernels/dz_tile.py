@@ -20,7 +20,8 @@ def _dz_tile_kernel(
     w,  # (v, d) pointer or descriptor
     bias_ptr,  # (v,) or None
     labels_ptr,  # (n,)
-    lse_ptr,  # (n,)
+    z_y_ptr,  # (n,) target logits
+    logps_ptr,  # (n,)
     miss_ptr,  # (n,) 1 - p_y
     g_ptr,  # (n,) d loss / d logp, times scale
     dz_ptr,  # (n, v) out
@@ -67,10 +68,12 @@ def _dz_tile_kernel(
     mask_t = offs_t < n
     raw = add_bias(raw, bias_ptr, offs_v, v)
     z, t = logits(raw, scale, softcap, SCALED, CAPPED)
-    lse = tl.load(lse_ptr + offs_t, mask=mask_t, other=0.0)
+    z_y = tl.load(z_y_ptr + offs_t, mask=mask_t, other=0.0)
+    logps = tl.load(logps_ptr + offs_t, mask=mask_t, other=0.0)
     g = tl.load(g_ptr + offs_t, mask=mask_t, other=0.0)
     label = (tl.load(labels_ptr + offs_t, mask=mask_t, other=-1) - start).to(tl.int32)
-    dz = -tl.exp2((z - lse[:, None]) * LOG2E)
+    # Not z - lse: lse is a rounded difference of these two, and large where both logits are.
+    dz = -tl.exp2(((z - z_y[:, None]) + logps[:, None]) * LOG2E)
     if tl.sum(((label >= word) & (label < word + BLOCK_V)).to(tl.int32), 0) > 0:
         miss = tl.load(miss_ptr + offs_t, mask=mask_t, other=0.0)
         dz = tl.where(offs_v[None, :] == label[:, None], miss[:, None], dz)
@@ -86,7 +89,8 @@ def dz_tile(
     h: Tensor,  # (n, D)
     weight: Tensor,  # (v, D)
     labels: Tensor,  # (n,) word numbers in the whole vocabulary
-    lse: Tensor,  # (n,) fp32
+    z_y: Tensor,  # (n,) fp32 target logits
+    logps: Tensor,  # (n,) fp32
     miss: Tensor,  # (n,) fp32, 1 - p_y
     g: Tensor,  # (n,) fp32
     dz: Tensor,  # (n, v) written
@@ -105,7 +109,8 @@ def dz_tile(
         operands.w,
         bias,
         labels,
-        lse,
+        z_y,
+        logps,
         miss,
         g,
         dz,

@@ -99,6 +99,13 @@ def _plan(
     return Blocks(rows, max(1, math.ceil(vocab / unit)) * unit)
 
 
+def _target_logits(h: Tensor, w_y: Tensor, labels: Tensor, head: HeadView) -> Tensor:
+    bias, z_y = head.bias(), h.new_empty(labels.numel(), dtype=torch.float32)
+    b_y = None if bias is None else bias.index_select(0, labels)
+    target_logit(h, w_y, z_y, bias=b_y, scale=head.scale, softcap=head.softcap)
+    return z_y
+
+
 class Pass(NamedTuple):
     """What one pass over the vocabulary leaves: sum over wrong words of exp(z) = total 2^top."""
 
@@ -184,14 +191,11 @@ def forward(
     # fp16 cannot hold the small u of a confident token; its gradient is scaled later, by g.
     u_dtype = torch.float32 if dtype is torch.float16 else dtype
     u = hidden.new_empty(n_tokens if need_u else 0, width, dtype=u_dtype)
-    bias = head.bias()
     for part in _row_blocks(n_tokens, blocks.rows):
         with on_device(hidden):
             h, y = hidden.index_select(0, rows[part]), labels[part]
             w_y = head.gather(y, dtype).contiguous()
-            b_y = None if bias is None else bias.index_select(0, y)
-            z_y = h.new_empty(y.numel(), dtype=torch.float32)
-            target_logit(h, w_y, z_y, bias=b_y, scale=head.scale, softcap=head.softcap)
+            z_y = _target_logits(h, w_y, y, head)
             top, total, reference, mean_w = _pass_over_vocabulary(
                 h, y, head, blocks.vocab, own, need_u
             )
@@ -232,6 +236,11 @@ def head_backward(
     gradients = head.new_gradients(needed)
     bias = head.bias()
     miss = -torch.expm1(logps)
+    z_y = torch.empty_like(logps)
+    for part in _row_blocks(n_tokens, blocks.rows):
+        h, y = hidden.index_select(0, rows[part]), labels[part]
+        with on_device(hidden):
+            z_y[part] = _target_logits(h, head.gather(y, dtype).contiguous(), y, head)
     g = grad_logps.float() * head.scale
     if dtype is torch.float16 and n_tokens:
         # Small g p would vanish in fp16: the largest |g| becomes 1 here, and g again at the end.
@@ -250,7 +259,8 @@ def head_backward(
                     h,
                     weight,
                     y,
-                    lse[part],
+                    z_y[part],
+                    logps[part],
                     miss[part],
                     g[part],
                     dz,

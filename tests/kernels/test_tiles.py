@@ -94,11 +94,14 @@ def test_dz(dtype, shape, options, form):
     n, v, _ = shape
     h, w, bias, labels, start = make(shape, dtype)
     z = logits_of(h.double(), w.double(), bias.double(), **options)
-    lse, miss, g = z.logsumexp(1).float() + torch.rand(n), torch.rand(n), torch.randn(n)
+    lse, miss, g = z.logsumexp(1) + torch.rand(n), torch.rand(n), torch.randn(n)
+    logps = -3 * torch.rand(n)
+    z_y = (lse + logps).float()
+    lse = z_y.double() - logps
     dz, intact = guarded(n, v, dtype=dtype)
-    dz_tile(h, w, labels, lse, miss, g, dz, start=start, bias=bias, **options)
+    dz_tile(h, w, labels, z_y, logps, miss, g, dz, start=start, bias=bias, **options)
     intact()
-    expected = -(z - lse.double()[:, None]).exp()
+    expected = -(z - lse[:, None]).exp()
     local = labels - start
     rows = ((local >= 0) & (local < v)).nonzero().squeeze(1)
     expected[rows, local[rows]] = miss[rows].double()
@@ -201,8 +204,8 @@ def test_offsets_past_2_to_the_31(form):
     target_logit(near_h, near_w, z_near)
     assert torch.equal(z_far, z_near)
     lse = torch.full((4,), 5.0)
-    dz_tile(h, w, labels, lse, lse, lse, p, start=0)
-    dz_tile(near_h, near_w, labels, lse, lse, lse, other_p, start=0)
+    dz_tile(h, w, labels, lse, -lse, lse, lse, p, start=0)
+    dz_tile(near_h, near_w, labels, lse, -lse, lse, lse, other_p, start=0)
     assert torch.equal(p, other_p)
 
 
