@@ -42,7 +42,7 @@ def _linear_logps(
         scored = (labels != ignore_index).nonzero().squeeze(1)
         targets = labels.index_select(0, scored).long()
         check_label_values(targets, head.vocab_size, ignore_index)
-        result = backends.resolve(backend, hidden.device).forward(
+        result = backends.resolve(backend, hidden.device, hidden.dtype).forward(
             hidden, scored - shift, targets, head, workspace_bytes=workspace_bytes, need_u=need_u
         )
         token_logps = result.logps.new_zeros(labels.shape).index_copy_(0, scored, result.logps)
@@ -105,7 +105,7 @@ def _head_backward(
     """Return one gradient per head tensor, empty where none is needed."""
     head = rebuild(head_spec, head_tensors, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        gradients = backends.resolve(backend, hidden.device).head_backward(
+        gradients = backends.resolve(backend, hidden.device, hidden.dtype).head_backward(
             hidden,
             scored - shift,
             labels.index_select(0, scored).long(),

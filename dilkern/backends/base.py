@@ -44,8 +44,8 @@ class Forward(NamedTuple):
 class Backend(Protocol):
     """One way to compute the op."""
 
-    def why_not(self, device: torch.device) -> str | None:
-        """Return None if the backend can run on `device`, else the reason."""
+    def why_not(self, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+        """Return None if the backend can run on `device` with inputs of `dtype`, else why not."""
 
     def forward(
         self,
@@ -83,30 +83,37 @@ def load(name: str) -> Backend:
     return cast(Backend, import_module(BACKENDS[name]))
 
 
-def why_not(name: str, device: torch.device) -> str | None:
+def why_not(name: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Return None if backend `name` can run on `device`, else the reason in one sentence."""
     try:
         backend = load(name)
     except ImportError as error:
         return f"{error}"
-    return backend.why_not(device)
+    return backend.why_not(device, dtype)
 
 
-def resolve(name: str, device: torch.device) -> Backend:
+def resolve(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Backend:
     """Return the backend that serves `device`: the named one or, for "auto", the first that can.
+
+    On CPU "auto" is the torch backend: Triton's interpreter serves only those who ask for it.
 
     Raises:
         ValueError: unknown name, or an explicit backend that cannot run here (with the reason).
     """
     if name == "auto":
-        return load(next(known for known in BACKENDS if why_not(known, device) is None))
+        order = ["torch"] if device.type == "cpu" else list(BACKENDS)
+        return load(next(known for known in order if why_not(known, device, dtype) is None))
     if name not in BACKENDS:
         reject(
             f"`backend` must be 'auto' or one of: {', '.join(BACKENDS)}", repr(name), "Use 'auto'."
         )
-    reason = why_not(name, device)
+    reason = why_not(name, device, dtype)
     if reason is not None:
-        reject(f"backend={name!r} must be able to run on {device}", reason, "Use backend='auto'.")
+        reject(
+            f"backend={name!r} must be able to run on {device} in {dtype or 'any dtype'}",
+            reason,
+            "Use backend='auto', or 'torch'.",
+        )
     return load(name)
 
 

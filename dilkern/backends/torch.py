@@ -18,7 +18,7 @@ from dilkern.backends.base import Blocks, Forward, HeadView, accumulation_dtype,
 REFERENCE_SLACK = 8.0
 
 
-def why_not(device: torch.device) -> str | None:
+def why_not(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     return None
 
 

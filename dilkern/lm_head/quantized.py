@@ -13,11 +13,13 @@ V vocabulary size, D hidden size, N rows asked for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dilkern.backends.base import why_not
 from dilkern.lm_head.base import WeightHead
 from dilkern.lm_head.sharded import whole
 from dilkern.validation import FLOAT_DTYPES, name_of, reject
@@ -56,10 +58,7 @@ def decode_range(
     count: int,
     out: Tensor,  # (count,), any float dtype
 ) -> None:
-    """Decode the flat elements [first, first + count) into `out`, bit for bit as on the GPU.
-
-    The one place where a faster decoder plugs in: same arguments, same bits.
-    """
+    """Decode the flat elements [first, first + count) into `out` with torch."""
     # Two elements per look-up: a byte selects a pair of fp32, moved as one int64.
     byte = torch.arange(256, device=out.device)
     pairs = torch.stack((weight.code[byte >> 4], weight.code[byte & 15]), 1).view(torch.int64)[:, 0]
@@ -93,6 +92,30 @@ def decode_rows(weight: FourBit, ids: Tensor, width: int, dtype: torch.dtype) ->
         value = weight.code.index_select(0, nibble).mul_(weight.scales(flat // weight.blocksize))
         out[start : start + rows] = value.to(weight.dtype).view(-1, width)
     return out
+
+
+def decode_with_kernel(
+    weight: FourBit,
+    width: int,
+    *,
+    start: int = 0,
+    end: int | None = None,
+    ids: Tensor | None = None,
+) -> Tensor | None:
+    """Decode rows [start, end) or `ids` with the Triton kernel, bit-equal to the torch decoders.
+
+    None where the triton backend cannot run.
+    """
+    if why_not("triton", weight.packed.device) is not None:
+        return None
+    kernel = import_module("dilkern.kernels.nf4_dequant")
+    packed = kernel.Packed4bit(
+        weight.packed, weight.code, weight.absmax, weight.blocksize, width, *weight.nested[:2],
+        **({"nested_blocksize": weight.nested_blocksize, "offset": weight.nested[2]}
+           if weight.nested else {}),
+    )  # fmt: skip
+    decoded: Tensor = kernel.nf4_dequant(packed, weight.dtype, start=start, end=end, ids=ids)
+    return decoded
 
 
 class FourBitHead(WeightHead):
@@ -148,14 +171,18 @@ class FourBitHead(WeightHead):
 
     def block(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
         weight, width = self.weight, self.hidden_size
-        out = torch.empty(end - start, width, dtype=dtype, device=weight.packed.device)
-        decode_range(weight, start * width, (end - start) * width, out.view(-1))
-        return out.to(self.device)
+        decoded = decode_with_kernel(weight, width, start=start, end=end)
+        if decoded is None:
+            decoded = torch.empty(end - start, width, dtype=dtype, device=weight.packed.device)
+            decode_range(weight, start * width, (end - start) * width, decoded.view(-1))
+        return decoded.to(self.device, dtype)
 
     def gather(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        weight = self.weight
-        rows = decode_rows(weight, ids.to(weight.packed.device), self.hidden_size, dtype)
-        return rows.to(self.device)
+        weight, ids = self.weight, ids.to(self.weight.packed.device)
+        rows = decode_with_kernel(weight, self.hidden_size, ids=ids)
+        if rows is None:
+            rows = decode_rows(weight, ids, self.hidden_size, dtype)
+        return rows.to(self.device, dtype)
 
 
 class EightBitHead(WeightHead):

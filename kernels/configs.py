@@ -1,0 +1,146 @@
+"""Which tile each kernel uses on which architecture: one table, nothing tunes at run time.
+
+Rows are compiled for their architecture by tests/aot; benchmarks/tune.py proposes rows on a GPU.
+None of them is measured yet: they were chosen by registers, shared memory and the roofline of
+docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+# Said at every launch: later Triton releases change the default.
+FUSED = {"enable_fp_fusion": True}
+
+
+class Tile(NamedTuple):
+    """A matrix-product tile of T tokens x V words, D at a time."""
+
+    block_t: int
+    block_v: int
+    block_d: int
+    warps: int
+    stages: int
+    descriptors: bool = False  # tensor descriptors (TMA) instead of pointers
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        return {"num_warps": self.warps, "num_stages": self.stages, **FUSED}
+
+
+class Rows(NamedTuple):
+    """A block of rows x columns of an elementwise or reducing kernel."""
+
+    block_t: int
+    block: int
+    warps: int
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        return {"num_warps": self.warps, **FUSED}
+
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# 16-bit inputs. 128 x 128 everywhere: on sm_90 two such programs share an SM, and the epilogue of
+# one hides under the products of the other.
+_TILES_16 = {
+    "sm_80": Tile(128, 128, 64, 8, 3),
+    "sm_86": Tile(128, 128, 32, 8, 3),
+    "sm_90": Tile(128, 128, 64, 8, 3, descriptors=True),
+    "sm_100": Tile(128, 128, 64, 8, 3, descriptors=True),
+    "sm_120": Tile(128, 128, 32, 8, 3),
+    "gfx942": Tile(128, 128, 64, 8, 2),
+    "interpreter": Tile(32, 64, 64, 1, 1),
+}
+# fp32 inputs, exact products ("ieee") by default.
+_TILES_32 = {
+    "sm_80": Tile(64, 64, 32, 4, 3),
+    "sm_86": Tile(64, 64, 32, 4, 3),
+    "sm_90": Tile(64, 64, 32, 4, 3),
+    "sm_100": Tile(64, 64, 32, 4, 3),
+    "sm_120": Tile(64, 64, 32, 4, 3),
+    "gfx942": Tile(64, 64, 32, 4, 2),
+    "interpreter": Tile(32, 64, 64, 1, 1),
+}
+
+# One program of `chunk_softmax` holds block_t x block logits in registers.
+_CHUNK = {"interpreter": Rows(64, 128, 1)}
+_CHUNK_ANY = Rows(1, 4096, 8)
+_FOLD = {"interpreter": Rows(64, 128, 1)}
+_FOLD_ANY = Rows(1, 1024, 4)
+_DOT = {"interpreter": Rows(64, 64, 1)}
+_DOT_ANY = Rows(1, 1024, 4)
+_DECODE = {"interpreter": Rows(16, 64, 1)}
+_DECODE_ANY = Rows(4, 512, 4)
+_SEQUENCE = {"interpreter": Rows(1, 64, 1)}
+_SEQUENCE_ANY = Rows(1, 1024, 4)
+
+# Largest hidden size at which P comes from our own product (`logps_tiles`); above it the library
+# product and `chunk_softmax` take over. From the roofline of docs/kernels.md, not measured: the
+# library is ahead once its product is faster than ours by more than the traffic of fp32 logits.
+# fp32 always takes the library, which obeys PyTorch's TF32 settings by itself. ROCm always takes
+# our own: its library does not multiply 16-bit matrices into fp32.
+_TILES_UP_TO_D = {
+    "sm_80": 2048,
+    "sm_86": 2048,
+    "sm_90": 2048,
+    "sm_100": 1024,
+    "sm_120": 2048,
+    "gfx942": 1 << 30,
+    "interpreter": 64,
+}
+
+
+def arch(device: torch.device) -> str:
+    """Return the row name that serves `device`, the nearest known one for an unknown GPU."""
+    if device.type == "cpu":
+        return "interpreter"
+    if device.type != "cuda":
+        return "sm_80"  # plain pointers and small tiles: right anywhere
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 8:
+        return "sm_80" if minor == 0 else "sm_86"  # 8.9 has the limits of 8.6
+    return {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(major, "sm_80")
+
+
+def tile(device: torch.device, dtype: torch.dtype) -> Tile:
+    """The tile of `logps_tiles` and `dz_tiles`."""
+    table = _TILES_32 if dtype is torch.float32 else _TILES_16
+    return table[arch(device)]
+
+
+def chunk(device: torch.device) -> Rows:
+    return _CHUNK.get(arch(device), _CHUNK_ANY)
+
+
+def fold(device: torch.device) -> Rows:
+    return _FOLD.get(arch(device), _FOLD_ANY)
+
+
+def dot(device: torch.device) -> Rows:
+    return _DOT.get(arch(device), _DOT_ANY)
+
+
+def decode(device: torch.device) -> Rows:
+    return _DECODE.get(arch(device), _DECODE_ANY)
+
+
+def sequence(device: torch.device) -> Rows:
+    return _SEQUENCE.get(arch(device), _SEQUENCE_ANY)
+
+
+def own_product(device: torch.device, dtype: torch.dtype, hidden_size: int) -> bool:
+    """Whether P comes from `logps_tiles` rather than from a library product; never of need_u."""
+    return dtype is not torch.float32 and hidden_size <= _TILES_UP_TO_D[arch(device)]
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """Exact fp32 products unless PyTorch's own setting allows TF32, by whichever of its names."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype is torch.float32 and allowed else "ieee"

@@ -1,0 +1,114 @@
+"""Take a vocabulary block's tiles into the running state of each row, and P and U to one reference.
+
+The state of a row: `top` and `total`, the largest exponent and the sum over wrong words so far
+(sum exp(z) = total * 2^top), and `reference`, the exponent that P and U are relative to.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dilkern.kernels import configs
+from dilkern.kernels.tile_math import SLACK
+
+
+@triton.jit(do_not_specialize=["n", "v", "d", "tiles", "rescale"])
+def _fold_block_kernel(
+    exponents_ptr,  # (n, tiles)
+    sums_ptr,  # (n, tiles)
+    top_ptr,  # (n,) in and out, as the next two
+    total_ptr,
+    reference_ptr,
+    p_ptr,  # (n, v)
+    u_ptr,  # (n, d)
+    n,
+    v,
+    d,
+    tiles,
+    stride_p,
+    stride_u,
+    rescale,  # run-time: the state has the same bits with and without P and U
+    TILE_V: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < n
+    rows = offs_t.to(tl.int64)[:, None]
+    offs = tl.arange(0, BLOCK)[None, :]
+    old_top = tl.load(top_ptr + offs_t, mask=mask_t, other=0.0)
+    old = tl.load(reference_ptr + offs_t, mask=mask_t, other=0.0)
+    top = old_top
+    for a in tl.range(0, tiles, BLOCK):
+        inside = mask_t[:, None] & (a + offs < tiles)
+        k = tl.load(exponents_ptr + rows * tiles + a + offs, mask=inside, other=-float("inf"))
+        top = tl.maximum(top, tl.max(k, 1))
+    base = tl.where(top == -float("inf"), 0.0, top)
+    total = tl.load(total_ptr + offs_t, mask=mask_t, other=0.0) * tl.exp2(old_top - base)
+    for a in tl.range(0, tiles, BLOCK):
+        inside = mask_t[:, None] & (a + offs < tiles)
+        k = tl.load(exponents_ptr + rows * tiles + a + offs, mask=inside, other=-float("inf"))
+        s = tl.load(sums_ptr + rows * tiles + a + offs, mask=inside, other=0.0)
+        total += tl.sum(s * tl.exp2(k - base[:, None]), 1)
+    tl.store(top_ptr + offs_t, top, mask=mask_t)
+    tl.store(total_ptr + offs_t, total, mask=mask_t)
+    if rescale != 0:
+        # Every tile of this block is relative to `old` or, if that is too low, to its own exponent;
+        # so the highest of them is `top` or `old`.
+        reference = tl.where(top > old + SLACK, top, old)
+        tl.store(reference_ptr + offs_t, reference, mask=mask_t)
+        if tl.sum((reference != old).to(tl.int32), 0) > 0:
+            moved = mask_t & (reference != old)
+            for a in tl.range(0, v, BLOCK):
+                inside = moved[:, None] & (a + offs < v)
+                k_ptrs = exponents_ptr + rows * tiles + (a + offs) // TILE_V
+                k = tl.load(k_ptrs, mask=inside, other=0.0)
+                local = tl.where(k > old[:, None] + SLACK, k, old[:, None])
+                ptrs = p_ptr + rows * stride_p + a + offs
+                p = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+                p *= tl.exp2(local - tl.where(moved, reference, 0.0)[:, None])
+                tl.store(ptrs, p.to(p_ptr.dtype.element_ty), mask=inside)
+            shift = tl.where(moved, old, 0.0) - tl.where(moved, reference, 0.0)
+            decay = tl.exp2(shift)[:, None]
+            for a in tl.range(0, d, BLOCK):
+                inside = moved[:, None] & (a + offs < d)
+                ptrs = u_ptr + rows * stride_u + a + offs
+                tl.store(ptrs, tl.load(ptrs, mask=inside, other=0.0) * decay, mask=inside)
+
+
+def fold_block(
+    exponents: Tensor,  # (n, tiles) of this block
+    sums: Tensor,  # (n, tiles)
+    top: Tensor,  # (n,) fp32, updated
+    total: Tensor,  # (n,) fp32, updated
+    reference: Tensor,  # (n,) fp32, updated unless p is empty
+    p: Tensor,  # (n, v), updated; or (0, v)
+    u: Tensor,  # (n, D) fp32, updated; or (0, D)
+    *,
+    tile: int,  # words per tile
+) -> None:
+    """Update the rows' state by one vocabulary block."""
+    n, tiles = exponents.shape
+    config = configs.fold(exponents.device)
+    _fold_block_kernel[(triton.cdiv(n, config.block_t),)](
+        exponents,
+        sums,
+        top,
+        total,
+        reference,
+        p,
+        u,
+        n,
+        p.shape[1],
+        u.shape[1],
+        tiles,
+        p.stride(0),
+        u.stride(0),
+        int(p.shape[0] > 0),
+        TILE_V=tile,
+        BLOCK_T=config.block_t,
+        BLOCK=config.block,
+        **config.launch,
+    )

@@ -1,0 +1,71 @@
+"""What kernels are given: their device, and for matrix products aligned rows or descriptors."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dilkern.kernels import configs
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's device current: Triton launches on the current one, whatever it is given."""
+    if tensor.is_cuda:
+        return torch.cuda.device_of(tensor)
+    return torch.xpu.device_of(tensor) if tensor.is_xpu else nullcontext()
+
+
+class Operands(NamedTuple):
+    h: Any
+    w: Any
+    d: int
+    stride_h: int
+    stride_w: int
+    constants: dict[str, Any]
+
+
+def is_aligned(matrix: Tensor) -> bool:
+    """Whether rows are contiguous and start on 16 bytes, as TMA and cp.async need."""
+    per_16 = 16 // matrix.dtype.itemsize
+    unit = matrix.stride(1) == 1 or matrix.shape[1] == 1
+    return unit and matrix.stride(0) % per_16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def aligned(matrix: Tensor) -> Tensor:
+    """Return `matrix` (r, D) itself if its rows are aligned, else an aligned copy of it.
+
+    The copy's rows are padded, so that the next row starts on 16 bytes; its shape stays (r, D).
+    """
+    if is_aligned(matrix):
+        return matrix
+    per_16 = 16 // matrix.dtype.itemsize
+    rows, width = matrix.shape
+    copy = matrix.new_empty(rows, -(-width // per_16) * per_16)[:, :width]
+    return copy.copy_(matrix)
+
+
+def tile_operands(h: Tensor, weight: Tensor, config: configs.Tile) -> Operands:
+    """Prepare (n, D) hidden rows and (v, D) words for `tile_math.product`."""
+    h, weight = aligned(h), aligned(weight)
+    d = h.shape[1]
+    constants = {
+        "BLOCK_T": config.block_t,
+        "BLOCK_V": config.block_v,
+        "BLOCK_D": config.block_d,
+        "DESCRIPTORS": config.descriptors,
+        "EVEN_D": d % config.block_d == 0,
+        "PRECISION": configs.input_precision(h.dtype),
+    }
+    operands: tuple[Any, Any] = (h, weight)
+    if config.descriptors:
+        operands = (
+            TensorDescriptor(h, list(h.shape), [h.stride(0), 1], [config.block_t, config.block_d]),
+            TensorDescriptor(
+                weight, list(weight.shape), [weight.stride(0), 1], [config.block_v, config.block_d]
+            ),
+        )
+    return Operands(*operands, d, h.stride(0), weight.stride(0), constants)

@@ -1,0 +1,136 @@
+"""What the tile kernels share: the product, the map from product to logit, exponentials and P.
+
+Exponentials are taken in base 2 against an integer exponent: exp(z) = e * 2^k with k = ceil(max z
+log2 e) of the (row, tile) and e in (0, 1]. Moving P or a sum from one reference to another is then
+a product with a power of two. T tokens, V words, D hidden size.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# P is written relative to the row's running reference, and to its own tile's maximum only where that
+# lies more than this many powers of two higher: 2^11 stays in range for fp16.
+SLACK = tl.constexpr(11.0)
+
+
+@triton.jit
+def product(
+    h,  # (n, d) pointer or descriptor
+    w,  # (v, d) pointer or descriptor
+    row,
+    word,
+    n,
+    v,
+    d,
+    stride_h,
+    stride_w,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(BLOCK_T, BLOCK_V) of H W^T in fp32; rows past n and words past v hold copies or zeros."""
+    acc = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
+    if DESCRIPTORS:
+        for k in tl.range(0, d, BLOCK_D):
+            acc = tl.dot(h.load([row, k]), w.load([word, k]).T, acc, input_precision=PRECISION)
+    else:
+        offs_d = tl.arange(0, BLOCK_D)
+        # The last row stands in for rows past the end: no mask in the loop.
+        offs_t = tl.minimum(row + tl.arange(0, BLOCK_T), n - 1).to(tl.int64)
+        offs_v = tl.minimum(word + tl.arange(0, BLOCK_V), v - 1).to(tl.int64)
+        h_ptrs = h + offs_t[:, None] * stride_h + offs_d[None, :]
+        w_ptrs = w + offs_v[None, :] * stride_w + offs_d[:, None]
+        for k in tl.range(0, d, BLOCK_D):
+            if EVEN_D:
+                a, b = tl.load(h_ptrs), tl.load(w_ptrs)
+            else:
+                a = tl.load(h_ptrs, mask=offs_d[None, :] < d - k, other=0.0)
+                b = tl.load(w_ptrs, mask=offs_d[:, None] < d - k, other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            h_ptrs += BLOCK_D
+            w_ptrs += BLOCK_D
+    return acc
+
+
+@triton.jit
+def add_bias(raw, bias_ptr, offs_v, v):
+    """raw + bias; `bias_ptr` may be None."""
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_v, mask=offs_v < v, other=0.0)
+        raw += bias.to(tl.float32)[None, :]
+    return raw
+
+
+@triton.jit
+def logits(raw, scale, softcap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
+    """Apply scale and softcap: the logits z, and t = z / softcap (z itself without one)."""
+    if SCALED:
+        raw *= scale
+    if CAPPED:
+        # tanh without libdevice: neither the interpreter nor every target has it.
+        t = 1.0 - 2.0 / (tl.exp2(raw * (2.0 * LOG2E / softcap)) + 1.0)
+        return t * softcap, t
+    else:
+        return raw, raw
+
+
+@triton.jit
+def store_softmax_tile(
+    raw,  # (BLOCK_T, BLOCK_V) fp32 products with bias
+    offs_t,
+    tile,  # index of the tile within the vocabulary block
+    labels_ptr,  # (n,)
+    reference_ptr,  # (n,) integer exponents of 2, -inf at first
+    exponents_ptr,  # (n, tiles) out
+    sums_ptr,  # (n, tiles) out
+    p_ptr,  # (n, v) out, if store_p
+    n,
+    v,
+    start,
+    tiles,
+    stride_p,
+    scale,
+    softcap,
+    store_p,
+    BLOCK_V: tl.constexpr,
+    SCALED: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """Store a tile's exponent k, its sum of exp(z) / 2^k over wrong words, and P if asked.
+
+    `store_p` is a run-time value on purpose: with and without P it is the same machine code, so the
+    sums have the same bits.
+    """
+    mask_t = offs_t < n
+    word = tile * BLOCK_V
+    offs_v = word + tl.arange(0, BLOCK_V)
+    z, t = logits(raw, scale, softcap, SCALED, CAPPED)
+    label = (tl.load(labels_ptr + offs_t, mask=mask_t, other=-1) - start).to(tl.int32)
+    hit = tl.sum(((label >= word) & (label < word + BLOCK_V)).to(tl.int32), 0) > 0
+    if hit | (word + BLOCK_V > v):
+        # The target is kept out: its factor 1 - p_y is taken exactly, from logp, elsewhere.
+        wrong = (offs_v[None, :] < v) & (offs_v[None, :] != label[:, None])
+        z = tl.where(wrong, z, -float("inf"))
+    exponent = tl.ceil(tl.max(z, 1) * LOG2E)
+    base = tl.where(exponent == -float("inf"), 0.0, exponent)
+    e = tl.exp2(z * LOG2E - base[:, None])
+    at = offs_t.to(tl.int64) * tiles + tile
+    tl.store(exponents_ptr + at, exponent, mask=mask_t)
+    tl.store(sums_ptr + at, tl.sum(e, 1), mask=mask_t)
+    if store_p != 0:
+        reference = tl.load(reference_ptr + offs_t, mask=mask_t, other=0.0)
+        local = tl.where(exponent > reference + SLACK, exponent, reference)
+        # A tile without a wrong word has e = 0, whatever the factor.
+        local = tl.where(exponent == -float("inf"), 0.0, local)
+        p = e * tl.exp2(base - local)[:, None]
+        if CAPPED:
+            p *= 1.0 - t * t
+        ptrs = p_ptr + offs_t.to(tl.int64)[:, None] * stride_p + offs_v[None, :]
+        inside = mask_t[:, None] & (offs_v[None, :] < v)
+        tl.store(ptrs, p.to(p_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,222 @@
+"""Each kernel of the vocabulary pass by itself: against fp64, nothing written outside, int64."""
+
+import pytest
+import torch
+from guard import guarded
+
+from dilkern.kernels import configs
+from dilkern.kernels.chunk_softmax import chunk_softmax
+from dilkern.kernels.dz_tile import dz_tile
+from dilkern.kernels.fold_block import fold_block
+from dilkern.kernels.logps_forward import logps_forward
+from dilkern.kernels.nf4_dequant import Packed4bit, nf4_dequant
+from dilkern.kernels.target_logit import target_logit
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+OPTIONS = [{}, {"scale": 0.6, "softcap": 4.0}]
+CPU = torch.device("cpu")
+# The last: every element of a row in a masked part of a block.
+SHAPES = [(1, 1, 8), (3, 70, 24), (45, 190, 64), (32, 64, 130)]
+
+
+def logits_of(h, w, bias, scale=1.0, softcap=0.0):
+    z = h @ w.T + (0 if bias is None else bias)
+    z = z * scale
+    return softcap * torch.tanh(z / softcap) if softcap else z
+
+
+def make(shape, dtype, bias=True):
+    torch.manual_seed(sum(shape))
+    n, v, d = shape
+    h, w = torch.randn(n, d).to(dtype), torch.randn(v, d).to(dtype)
+    start = 40
+    labels = torch.randint(0, v + 2 * start, (n,))  # some outside the block on both sides
+    return h, w, torch.randn(v).to(dtype) if bias else None, labels, start
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "capped"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_p_and_statistics(dtype, shape, options, path):
+    own = configs.own_product()
+    n, v, _ = shape
+    h, w, bias, labels, start = make(shape, dtype)
+    tile = configs.tile(CPU, dtype).block_v if own else configs.chunk(CPU).block
+    tiles = -(-v // tile)
+    exponents, intact_e = guarded(n, tiles)
+    sums, intact_s = guarded(n, tiles)
+    p, intact_p = guarded(n, v, dtype=dtype)
+    # Rows whose reference is unset, too low, near enough, and too high.
+    reference = torch.tensor([-float("inf"), -40.0, 3.0, 60.0]).repeat(n)[:n]
+    settings = {"start": start, "bias": bias, **options}
+
+    def launch(p):
+        if own:
+            logps_forward(h, w, labels, reference, exponents, sums, p, **settings)
+        else:
+            z = h.float() @ w.float().T
+            chunk_softmax(z, labels, reference, exponents, sums, p, **settings)
+
+    launch(p)
+    for intact in (intact_e, intact_s, intact_p):
+        intact()
+    z = logits_of(h.double(), w.double(), bias.double(), **options)
+    slope = 1 - (z / options["softcap"]).square() if options else torch.ones_like(z)
+    local = labels - start
+    rows = ((local >= 0) & (local < v)).nonzero().squeeze(1)
+    z[rows, local[rows]] = -float("inf")
+    for k in range(tiles):
+        part = slice(k * tile, (k + 1) * tile)
+        peak = z[:, part].amax(1)
+        empty = peak == -float("inf")
+        assert (exponents[empty, k] == -float("inf")).all() and (sums[empty, k] == 0).all()
+        assert (p[empty][:, part] == 0).all()
+        some = ~empty
+        e = exponents[some, k].double()
+        assert (e == e.round()).all() and ((e - peak[some] / 0.6931471805599453).abs() < 1.01).all()
+        truth = z[some][:, part].exp().sum(1)
+        torch.testing.assert_close(sums[some, k].double() * e.exp2(), truth, rtol=3e-5, atol=0)
+        low = e > reference[some] + 11
+        used = torch.where(low, e, reference[some].double())
+        expected = z[some][:, part].exp() * slope[some][:, part] * (-used).exp2()[:, None]
+        tolerance = {"rtol": 2 * torch.finfo(dtype).eps + 3e-5, "atol": 1e-7}
+        torch.testing.assert_close(p[some][:, part].double(), expected, **tolerance)
+    # Without P: the same bits.
+    before = exponents.clone(), sums.clone()
+    launch(p.new_empty(0, v))
+    assert torch.equal(exponents, before[0]) and torch.equal(sums, before[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "capped"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dz(dtype, shape, options, form):
+    n, v, _ = shape
+    h, w, bias, labels, start = make(shape, dtype)
+    z = logits_of(h.double(), w.double(), bias.double(), **options)
+    lse, miss, g = z.logsumexp(1) + torch.rand(n), torch.rand(n), torch.randn(n)
+    logps = -3 * torch.rand(n)
+    z_y = (lse + logps).float()
+    lse = z_y.double() - logps
+    dz, intact = guarded(n, v, dtype=dtype)
+    dz_tile(h, w, labels, z_y, logps, miss, g, dz, start=start, bias=bias, **options)
+    intact()
+    expected = -(z - lse[:, None]).exp()
+    local = labels - start
+    rows = ((local >= 0) & (local < v)).nonzero().squeeze(1)
+    expected[rows, local[rows]] = miss[rows].double()
+    expected *= g.double()[:, None]
+    expected *= 1 - (z / options["softcap"]).square() if options else 1
+    tolerance = {
+        "rtol": 2 * torch.finfo(dtype).eps + 3e-5,
+        "atol": 1e-7 + expected.abs().max().item() * 1e-6,
+    }
+    torch.testing.assert_close(dz.double(), expected, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "capped"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (65, 64), (70, 200)], ids=str)
+def test_target_logit(dtype, shape, options, budget):
+    torch.manual_seed(0)
+    n, d = shape
+    h, w = torch.randn(n, d).to(dtype), torch.randn(n, d).to(dtype)
+    bias = torch.randn(n).to(dtype)
+    z, intact = guarded(n)
+    target_logit(h, w, z, bias=bias, **options)
+    intact()
+
+    def reference(h, w, bias):
+        raw = ((h * w).sum(1) + bias) * options.get("scale", 1.0)
+        cap = options.get("softcap")
+        return cap * torch.tanh(raw / cap) if cap else raw
+
+    truth = reference(h.double(), w.double(), bias.double())
+    peer = reference(h.float(), w.float(), bias.float())
+    budget.check("z_y", z, peer, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 8), (5, 150, 40), (70, 300, 24)], ids=str)
+def test_fold_brings_p_and_u_to_one_reference(dtype, shape):
+    """Whatever tiles P was written against, P 2^reference and U 2^reference keep their values."""
+    torch.manual_seed(0)
+    n, v, d = shape
+    tile = 32
+    tiles = -(-v // tile)
+    exponents = torch.randint(-20, 20, (n, tiles)).float()
+    exponents[torch.rand(n, tiles) < 0.1] = -float("inf")
+    sums = torch.rand(n, tiles) * (exponents > -float("inf"))
+    old = torch.tensor([-float("inf"), -3.0, 5.0, 30.0]).repeat(n)[:n]
+    top, total = old.clone(), torch.rand(n) * (old > -float("inf"))
+    local = torch.where(exponents > old[:, None] + 11, exponents, old[:, None])
+    wide = local.repeat_interleave(tile, 1)[:, :v]
+    p, intact_p = guarded(n, v, dtype=dtype)
+    p.copy_(torch.rand(n, v) * (wide > -float("inf")))
+    u, intact_u = guarded(n, d)
+    u.copy_(torch.randn(n, d) * (old > -float("inf"))[:, None])
+    value_p = p.double() * torch.where(wide > -float("inf"), wide, 0).double().exp2()
+    value_u = u.double() * torch.where(old > -float("inf"), old, 0).double()[:, None].exp2()
+    value = total.double() * top.double().exp2() + (sums.double() * exponents.double().exp2()).sum(
+        1
+    )
+    reference = old.clone()
+    alone = [x.clone() for x in (top, total, reference)]
+    fold_block(exponents, sums, top, total, reference, p, u, tile=tile)
+    intact_p()
+    intact_u()
+    assert torch.equal(top, torch.maximum(old, exponents.amax(1)))
+    torch.testing.assert_close(total.double() * top.double().exp2(), value, rtol=1e-6, atol=0)
+    assert ((top - reference) <= 11).all() and (reference <= top).all()
+    scale = reference.double().exp2()[:, None]
+    # fp16 loses what falls under its smallest subnormal, 2^-24 of the reference; so atol.
+    torch.testing.assert_close(
+        p.double() * scale, value_p, rtol=1e-6, atol=2**-24 * scale.max().item()
+    )
+    torch.testing.assert_close(u.double() * scale, value_u, rtol=1e-6, atol=0)
+    fold_block(exponents, sums, *alone, p.new_empty(0, v), u.new_empty(0, d), tile=tile)
+    assert torch.equal(alone[0], top) and torch.equal(alone[1], total)
+
+
+def far_rows(rows, width, dtype):
+    """(rows, width) with 2^30 elements from row to row; lazily allocated, so little is touched."""
+    stride = 1 << 30
+    storage = torch.zeros((rows - 1) * stride + width, dtype=dtype)
+    return storage.as_strided((rows, width), (stride, 1))
+
+
+def test_offsets_past_2_to_the_31(form):
+    """Rows 2 and 3 lie past 2^31 elements: an int32 product would wrap and read elsewhere."""
+    torch.manual_seed(0)
+    near_h, near_w = torch.randn(4, 16).half(), torch.randn(4, 16).half()
+    h, w, p = (far_rows(4, 16, torch.float16) for _ in range(3))
+    h.copy_(near_h)
+    w.copy_(near_w)
+    p = p[:, :4]
+    labels, reference = torch.tensor([0, 1, 2, 3]), torch.zeros(4)
+    exponents, sums = torch.zeros(4, 1), torch.zeros(4, 1)
+    logps_forward(h, w, labels, reference, exponents, sums, p, start=0)
+    other_e, other_s, other_p = exponents.clone(), sums.clone(), torch.zeros(4, 4).half()
+    logps_forward(near_h, near_w, labels, reference, other_e, other_s, other_p, start=0)
+    assert torch.equal(sums, other_s) and torch.equal(p, other_p) and other_p.abs().sum() > 0
+    z_far, z_near = torch.zeros(4), torch.zeros(4)
+    target_logit(h, w, z_far)
+    target_logit(near_h, near_w, z_near)
+    assert torch.equal(z_far, z_near)
+    lse = torch.full((4,), 5.0)
+    dz_tile(h, w, labels, lse, -lse, lse, lse, p, start=0)
+    dz_tile(near_h, near_w, labels, lse, -lse, lse, lse, other_p, start=0)
+    assert torch.equal(p, other_p)
+
+
+def test_4bit_offsets_past_2_to_the_31():
+    d, blocksize = 4096, 4096
+    v = (1 << 31) // d + 3
+    packed = torch.zeros(v * d // 2, dtype=torch.uint8)
+    packed[-d // 2 :] = torch.randint(0, 256, (d // 2,), dtype=torch.uint8)
+    absmax = torch.ones(v * d // blocksize)
+    absmax[-1] = 2.0
+    weight = Packed4bit(packed, torch.arange(16.0), absmax, blocksize, d)
+    last = torch.stack((packed[-d // 2 :] >> 4, packed[-d // 2 :] & 15), 1).reshape(-1) * 2.0
+    assert torch.equal(nf4_dequant(weight, torch.float32, start=v - 1, end=v)[0], last)
+    assert torch.equal(nf4_dequant(weight, torch.float32, ids=torch.tensor([v - 1]))[0], last)
