@@ -2,6 +2,7 @@
 
     python benchmarks/kernel_resources.py                      # table to stdout, CSV to results/
     python benchmarks/kernel_resources.py --arch sm_90 --jobs 2
+    python benchmarks/kernel_resources.py --docs               # and the table of docs/kernels.md
 
 tests/aot gates on the same rows. Run it without TRITON_INTERPRET: the interpreter replaces the
 compiler in a process that sets it.
@@ -269,6 +270,28 @@ def compile_all(chosen: list[Case], jobs: int) -> dict[Case, Resources | str]:
     return results
 
 
+def markdown(rows: list[Resources], version: str) -> str:
+    """The table of docs/kernels.md: one line per kernel, dtype and variant, one column per arch."""
+    arches = list(dict.fromkeys(r.arch for r in rows))
+    cells = {(r.kernel, r.dtype, r.variant, r.arch): r for r in rows}
+    lines = [f"Triton {version}.", "", "| kernel | dtype | variant | " + " | ".join(arches) + " |"]
+    lines.append("|---" * (3 + len(arches)) + "|")
+    for key in dict.fromkeys((r.kernel, r.dtype, r.variant) for r in rows):
+        found = [cells[(*key, arch)] for arch in arches]
+        text = [f"{r.registers} / {r.shared / 1024:.3g}" for r in found]
+        lines.append("| " + " | ".join([*key, *text]) + " |")
+    return "\n".join(lines)
+
+
+def write_docs(table: str) -> None:
+    """Put the table between its two markers."""
+    path = ROOT / "docs" / "kernels.md"
+    head, _, rest = path.read_text().partition("<!-- resources: begin -->")
+    tail = rest.partition("<!-- resources: end -->")[2]
+    marked = f"<!-- resources: begin -->\n{table}\n<!-- resources: end -->"
+    path.write_text(head + marked + tail)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--arch")
@@ -277,6 +300,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="CSV file (default: results/kernel_resources-*.csv)"
     )
+    parser.add_argument("--docs", action="store_true", help="write the table of docs/kernels.md")
     args = parser.parse_args()
     import triton
 
@@ -298,6 +322,8 @@ def main() -> None:
             writer = csv.writer(file)
             writer.writerows([fields, *rows])
         print(f"wrote {path}")
+    if args.docs:
+        write_docs(markdown(rows, triton.__version__))
 
 
 if __name__ == "__main__":

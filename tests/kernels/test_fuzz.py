@@ -35,11 +35,11 @@ def gradients(fn, tensors, g):
 def one_case(seed, dtype, monkeypatch):
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    t, v, d = rng.choice([0, 1, 2, 7, 33, 40]), rng.randint(1, 200), rng.randint(1, 90)
+    t, v, d = rng.choice([0, 1, 2, 7, 31, 35]), rng.randint(1, 150), rng.randint(1, 90)
     own, descriptors = rng.choice([(False, False), (True, False), (True, True)])
     tile = configs._TILES_16["interpreter"]._replace(
-        block_t=rng.choice([16, 32]),
-        block_v=rng.choice([16, 64]),
+        block_t=32,
+        block_v=rng.choice([32, 64]),
         block_d=rng.choice([32, 64]),
         descriptors=descriptors,
     )
@@ -57,7 +57,7 @@ def one_case(seed, dtype, monkeypatch):
     labels = torch.randint(0, v, (t,))
     labels[torch.rand(t) < rng.choice([0, 0.3, 1])] = -100
     options = {"scale": rng.choice([1.0, 0.3]), "softcap": rng.choice([0.0, 0.0, 6.0])}
-    run = {"backend": "triton", "workspace_mib": rng.choice([0.02, 0.05, 0.2, 64])}
+    run = {"backend": "triton", "workspace_mib": rng.choice([0.03, 0.1, 64])}
     g = torch.randn(t, dtype=torch.float64)
     tensors = (h, w, b)
     doubles = [None if x is None else x.double() for x in tensors]
