@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import re
 import subprocess
@@ -71,6 +72,23 @@ def describe(device: torch.device) -> dict[str, Any]:
             "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
         ).partition("\n")[0]
     return found
+
+
+def record(path: Path, device: torch.device) -> None:
+    """Add this call to the JSON beside a result file.
+
+    Raises:
+        ValueError: the file was begun at another commit, so that its rows would not be comparable.
+    """
+    calls = json.loads(path.read_text())["calls"] if path.exists() else []
+    now = describe(device)
+    if calls and calls[0]["commit"] != now["commit"]:
+        raise ValueError(
+            f"{path} was begun at commit {calls[0]['commit']}, this is {now['commit']}: "
+            "pass another --out"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"calls": [*calls, now]}, indent=1) + "\n")
 
 
 def device_folder(device: torch.device) -> str:

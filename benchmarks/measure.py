@@ -8,6 +8,7 @@ process (a second process would hold the same GPU memory twice) and torch counts
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import multiprocessing
@@ -230,10 +231,8 @@ class Worker:
         return answer[1]
 
     def close(self) -> None:
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionError):  # it may be gone already
             self.connection.send(None)
-        except (BrokenPipeError, ConnectionError):
-            pass  # it is gone already
         self.process.join(10)
         if self.process.is_alive():
             self.process.terminate()

@@ -8,7 +8,6 @@ every case is in the file; 75: the budget ended first, run again.
 from __future__ import annotations
 
 import csv
-import json
 import sys
 import time
 import traceback
@@ -103,9 +102,10 @@ def run(
     begin = time.monotonic()
     console = console or Console()
     table, about = stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".json")
-    about.parent.mkdir(parents=True, exist_ok=True)
-    about.write_text(json.dumps(environment.describe(device), indent=1) + "\n")
     done = {(row["case"], row["peer"]) for row in read_rows(table)}
+    if all((case.key, peer.name) in done for case in cases for peer in select(peer_names)):
+        return True
+    environment.record(about, device)
     truths, longest = TruthCache(), 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
