@@ -221,9 +221,12 @@ def refusal(found: dict[str, float], naive: dict[str, float], dtype: torch.dtype
     return None
 
 
-def measure(setup: Setup, rounds: int, tick: Any = lambda text: None) -> list[dict[str, Any]]:
-    """One row per method, refused and failed ones too."""
-    threads, remote = torch.get_num_threads(), setup.device == "cpu"
+def measure(
+    setup: Setup, rounds: int, tick: Any = lambda text: None, remote: bool | None = None
+) -> list[dict[str, Any]]:
+    """One row per method, refused and failed ones too; `remote` as in `measure_group`."""
+    threads = torch.get_num_threads()
+    remote = setup.device == "cpu" if remote is None else remote
 
     def start(method: str, exact: bool = False) -> Worker | Local:
         if remote:

@@ -321,8 +321,13 @@ def measure_group(
     plan: Plan,
     truths: TruthCache | None = None,
     tick: Callable[[str], None] = lambda text: None,
+    remote: bool | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure all peers on one case and return one row per peer, refused and failed ones too."""
+    """Measure all peers on one case and return one row per peer, refused and failed ones too.
+
+    `remote`: one process per peer; by default on the CPU and not on a GPU.
+    """
+    remote = device.type == "cpu" if remote is None else remote
     rows: dict[str, dict[str, Any]] = {}
     able = []
     for peer in peers:
@@ -339,7 +344,6 @@ def measure_group(
 
     with tempfile.TemporaryDirectory(prefix="dilkern-bench-") as folder:
         tensors, truth_file = Path(folder, "inputs.pt"), Path(folder, "truth.pt")
-        remote = device.type == "cpu"
         if remote:
             torch.save(inputs.detached().tensors(), tensors)
             torch.save(truth, truth_file)

@@ -46,10 +46,12 @@ def test_sequence_loss(benchmark: Callable[..., object], loss: str) -> None:
     """The small op: log-probs of 64 sequences to loss and their gradient."""
     ref, lengths = -100 * torch.rand(64), torch.full((64,), 100)
     logps = (-100 * torch.rand(64)).requires_grad_()
+    options = {"kl_log_ratios": torch.rand(8)} if LOSSES[loss].baseline else {}
 
     def step() -> None:
         logps.grad = None
         ratios = logps - ref if LOSSES[loss].reference else None
-        preference_loss(logps, lengths, log_ratios=ratios, loss=loss).loss.backward()
+        found = preference_loss(logps, lengths, log_ratios=ratios, loss=loss, **options)
+        found.loss.backward()
 
     benchmark(step)
