@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import multiprocessing
 import statistics
 import tempfile
@@ -292,6 +293,7 @@ class Plan:
     rounds: int = 7
     seconds: float = 120.0  # of rounds per group; at least MIN_ROUNDS are made
     threads: int = 0  # 0: torch's default
+    deadline: float = math.inf  # time.monotonic() after which no second round begins
 
 
 class TruthCache:
@@ -382,7 +384,8 @@ def measure_group(
                 else Local(partial(BareGemm, inputs))
             )
             workers["gemm"] = gemm
-            times, made = _rounds(workers, rows, plan, tick)
+            gemm.call("run")  # warm
+            times = _rounds(workers, rows, plan, tick)
         finally:
             for worker in [*started.values(), *workers.values()]:
                 worker.close()
@@ -391,7 +394,7 @@ def measure_group(
     for name, timings in times.items():
         rows[name] |= spread([t.forward for t in timings], "forward")
         rows[name] |= spread([t.total for t in timings], "total")
-        rows[name] |= {"status": "ok", "rounds": made}
+        rows[name] |= {"status": "ok", "rounds": len(timings)}
         rows[name]["gemm_multiple"] = rows[name]["total_ms"] / gemm_times["gemm_ms"]
         rows[name]["gemm_multiple_min"] = rows[name]["total_ms_min"] / gemm_times["gemm_ms_min"]
     shared = {"case": case.key} | case.row() | gemm_times | truth.sharpness()
@@ -404,27 +407,35 @@ def _rounds(
     rows: dict[str, dict[str, Any]],
     plan: Plan,
     tick: Callable[[str], None],
-) -> tuple[dict[str, list[Timing]], int]:
-    """Call all workers in turn, the order rotated each round; one unmeasured round first."""
+) -> dict[str, list[Timing]]:
+    """Call all workers in turn, the order rotated each round (each has already run twice).
+
+    A peer that has used more than twice its share of `plan.seconds` leaves after MIN_ROUNDS, so that
+    one slow peer does not eat the rounds of the others; its row says how many rounds it had.
+    """
     times: dict[str, list[Timing]] = {name: [] for name in workers}
+    share = 2 * plan.seconds / len(workers)
     start = time.monotonic()
-    for number in range(-1, plan.rounds):
-        late = time.monotonic() - start > plan.seconds
-        if late and number >= MIN_ROUNDS:
-            return times, number
+    for number in range(plan.rounds):
+        now = time.monotonic()
+        if (number >= MIN_ROUNDS and now - start > plan.seconds) or (
+            number and now > plan.deadline
+        ):
+            break
         tick(f"round {number + 1} of {plan.rounds}")
         names = list(times)
-        turn = (number + 1) % len(names)
+        turn = number % len(names)
         for name in names[turn:] + names[:turn]:
+            mine = times[name]
+            if len(mine) >= MIN_ROUNDS and name != "gemm" and sum(t.total for t in mine) > share:
+                continue
             try:
-                timing = workers[name].call("run")
+                mine.append(workers[name].call("run"))
             except WorkerFailed as failed:
                 if name == "gemm":
                     raise
                 status = "OOM" if is_out_of_memory(str(failed)) else "error"
                 rows[name] |= {"status": status, "reason": str(failed)[:300]}
+                rows[name].pop("peak_mib", None)
                 del times[name]
-                continue
-            if number >= 0:
-                times[name].append(timing)
-    return times, plan.rounds
+    return times

@@ -11,6 +11,7 @@ import csv
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,6 +107,8 @@ def run(
     if all((case.key, peer.name) in done for case in cases for peer in select(peer_names)):
         return True
     environment.record(about, device)
+    if budget is not None:
+        plan = replace(plan, deadline=begin + budget)
     truths, longest = TruthCache(), 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
