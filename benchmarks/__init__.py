@@ -1,0 +1,1 @@
+"""The benchmark suite: dilkern beside every rival on the same tensors (see README.md here)."""

@@ -1,0 +1,265 @@
+"""Every rival in one file: what is called, with which settings, and where it cannot run.
+
+A peer maps `Inputs` to token log-probs (T,) that take an arbitrary upstream gradient g, or, where it
+cannot give those, to the comparable scalar loss named by `output`:
+
+- "token_logps": log p(label) per token; backward receives g (T,);
+- "mean_nll": the mean of -log p(label);
+- "dpo_loss": DPO (beta 0.1, mean log-probs, first half of the sequences chosen) of the sequences.
+
+Settings are the documented defaults of each package unless a note says otherwise. Packages are
+imported inside the calls: a peer that is not installed costs its own row only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cases import Case, Inputs, softcapped
+from benchmarks.truth import BETA
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to compute the same thing."""
+
+    name: str
+    package: str  # the distribution whose version is recorded
+    call: Callable[[Inputs], Tensor]
+    output: str = "token_logps"
+    note: str = ""
+    compiles: bool = False  # the first call compiles; its memory and time are kept apart
+    cuda_only: bool = False
+    softcap: bool = True
+    backend: str = ""  # of dilkern
+
+    def why_not(self, case: Case, device: torch.device) -> str | None:
+        """Return why this peer cannot take the case, None if it can."""
+        module = self.package.replace("-", "_")
+        if find_spec(module) is None:
+            return f"{self.package} is not installed"
+        if self.cuda_only and device.type != "cuda":
+            return "its kernels need a GPU"
+        if case.softcap and not self.softcap:
+            return "no softcap"
+        if self.output != "token_logps" and case.mode == "score":
+            return "gives a loss, not token log-probs"
+        if case.mode == "step" and self.output == "mean_nll":
+            return "no reference model in this loss"
+        if self.backend:
+            from dilkern.backends.base import why_not
+
+            return why_not(self.backend, device)
+        if self.name == "torch-lce" or self.name.startswith("torch-lce-"):
+            return None if hasattr(torch.nn, "LinearCrossEntropyOptions") else "needs torch 2.13"
+        return None
+
+
+def _pick(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def _naive_logps(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float) -> Tensor:
+    return _pick(softcapped(F.linear(hidden, weight).float(), softcap), labels)
+
+
+def naive(x: Inputs) -> Tensor:
+    return _naive_logps(x.hidden, x.weight, x.labels, x.case.softcap)
+
+
+def naive_cross_entropy(x: Inputs) -> Tensor:
+    logits = softcapped(F.linear(x.hidden, x.weight).float(), x.case.softcap)
+    return -F.cross_entropy(logits, x.labels, reduction="none")
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_naive_logps, dynamic=False)
+
+
+def naive_compiled(x: Inputs) -> Tensor:
+    return _compiled()(x.hidden, x.weight, x.labels, x.case.softcap)
+
+
+def _torch_lce(**options: Any) -> Callable[[Inputs], Tensor]:
+    def call(x: Inputs) -> Tensor:
+        return -F.linear_cross_entropy(
+            x.hidden,
+            x.weight,
+            x.labels,
+            reduction="none",
+            options=torch.nn.LinearCrossEntropyOptions(**options),
+        ).float()
+
+    return call
+
+
+def trl(x: Inputs) -> Tensor:
+    """The function behind TRL 1.16's fused head, with the arguments its DPO trainer's head passes."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    return ChunkedLogProbFunction.apply(
+        x.hidden, x.weight, None, x.labels, 1.0, 32768, x.case.softcap or None, 1.0, ("log_probs",)
+    )[0]
+
+
+def liger_selective(x: Inputs) -> Tensor:
+    """The chunked log-probs under Liger's GRPO loss, with its own vocabulary chunk."""
+    from liger_kernel.chunked_loss import fused_linear_ppo as ppo
+
+    return ppo._ChunkedSelectiveLogProbFunction.apply(
+        x.hidden, x.weight, x.labels, None, 1.0, ppo._SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE
+    )
+
+
+def liger_dpo(x: Inputs) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    reference = x.case.mode == "step"
+    loss = LigerFusedLinearDPOLoss(
+        beta=BETA,
+        compiled=x.device.type == "cuda",
+        use_ref_model=reference,
+        average_log_prob=True,
+    )
+    shape = (x.case.sequences, x.case.tokens // x.case.sequences)
+    hidden = x.hidden.view(*shape, -1)
+    ref = {"ref_input": hidden.detach(), "ref_weight": x.weight.detach()} if reference else {}
+    return loss(x.weight, hidden, x.labels.view(shape), **ref)[0]
+
+
+def _liger_flce(reduction: str) -> Callable[[Inputs], Tensor]:
+    def call(x: Inputs) -> Tensor:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        loss = LigerFusedLinearCrossEntropyLoss(
+            reduction=reduction, softcap=x.case.softcap or None
+        )(x.weight, x.hidden, x.labels)
+        return -loss if reduction == "none" else loss
+
+    return call
+
+
+def _cut_cross_entropy(**options: Any) -> Callable[[Inputs], Tensor]:
+    def call(x: Inputs) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return -linear_cross_entropy(
+            x.hidden,
+            x.weight,
+            x.labels,
+            softcap=x.case.softcap or None,
+            reduction="none",
+            **options,
+        )
+
+    return call
+
+
+def _dilkern(backend: str) -> Callable[[Inputs], Tensor]:
+    def call(x: Inputs) -> Tensor:
+        from dilkern import DenseHead, linear_logps
+
+        head = DenseHead(x.weight, softcap=x.case.softcap)
+        return linear_logps(
+            x.hidden, head, x.labels, backend=backend, workspace_mib=x.case.workspace_mib
+        )
+
+    return call
+
+
+_LIST = (
+    Peer("naive", "torch", naive, note="full logits, log_softmax, gather"),
+    Peer("naive-ce", "torch", naive_cross_entropy, note="full logits, F.cross_entropy"),
+    Peer("compile", "torch", naive_compiled, note="torch.compile of naive", compiles=True),
+    Peer("torch-lce", "torch", _torch_lce(), note="options auto, reduction none", softcap=False),
+    Peer(
+        "torch-lce-1024",
+        "torch",
+        _torch_lce(chunking_method=None, batch_chunk_size=1024),
+        note="1024 rows per chunk, reduction none",
+        softcap=False,
+    ),
+    Peer("trl", "trl", trl, note="ChunkedLogProbFunction, vocabulary chunk 32768"),
+    Peer(
+        "liger-selective",
+        "liger-kernel",
+        liger_selective,
+        note="private function under its GRPO loss",
+        softcap=False,
+    ),
+    Peer(
+        "liger-dpo",
+        "liger-kernel",
+        liger_dpo,
+        output="dpo_loss",
+        note="LigerFusedLinearDPOLoss, one pair per chunk; compiled on GPUs only",
+        softcap=False,
+    ),
+    Peer("liger-flce", "liger-kernel", _liger_flce("none"), note="reduction none", cuda_only=True),
+    Peer(
+        "liger-flce-mean",
+        "liger-kernel",
+        _liger_flce("mean"),
+        output="mean_nll",
+        note="one scalar: no per-token gradient",
+        cuda_only=True,
+    ),
+    Peer(
+        "cce",
+        "cut-cross-entropy",
+        _cut_cross_entropy(),
+        note="gradient filter on (its default)",
+        cuda_only=True,
+    ),
+    Peer(
+        "cce-unfiltered",
+        "cut-cross-entropy",
+        _cut_cross_entropy(filter_eps=None),
+        note="gradient filter off",
+        cuda_only=True,
+    ),
+    Peer("dilkern-torch", "dilkern", _dilkern("torch"), backend="torch"),
+    Peer("dilkern-triton", "dilkern", _dilkern("triton"), backend="triton", cuda_only=True),
+)
+PEERS = {peer.name: peer for peer in _LIST}
+
+
+def select(names: str) -> list[Peer]:
+    """Parse a comma-separated list of names, or "all".
+
+    Raises:
+        ValueError: an unknown name (lists the known).
+    """
+    if names == "all":
+        return list(PEERS.values())
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in PEERS:
+            raise ValueError(f"unknown peer {name!r}; known: {', '.join(PEERS)}")
+    return [PEERS[name] for name in wanted]
+
+
+def versions() -> dict[str, str]:
+    """Return the version of every package that has a peer, and of those they stand on."""
+    found = {}
+    packages = {peer.package for peer in PEERS.values()} | {"triton", "transformers", "numpy"}
+    for package in sorted(packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    if found["dilkern"] == "not installed":  # run from a checkout
+        import dilkern
+
+        found["dilkern"] = f"{dilkern.__version__} (checkout)"
+    return found

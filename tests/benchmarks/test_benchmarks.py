@@ -1,0 +1,343 @@
+"""The logic of the benchmark suite at tiny sizes, and that wrong numbers get no row."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import blocks, cpu_claim, end_to_end, environment, plot, run, scaling
+from benchmarks import peers as peers_module
+from benchmarks.cases import CASE_SETS, HEADS, MODES, Case, Inputs, make_inputs
+from benchmarks.measure import Plan, Worker, WorkerFailed, measure_group, spread
+from benchmarks.peers import PEERS, Peer, naive, select
+from benchmarks.truth import compute_truth, refusal, upstream
+
+CPU = torch.device("cpu")
+TINY = Case("tiny", 32, 200, 16, sequences=4)
+QUICK = Plan(rounds=1, seconds=0)
+
+
+def measure_here(case: Case, peers: list[Peer]) -> dict[str, dict[str, Any]]:
+    rows = measure_group(case, peers, CPU, QUICK, remote=False)
+    return {row["peer"]: row for row in rows}
+
+
+# --- cases ------------------------------------------------------------------------------------
+
+
+def test_inputs_are_reproducible_and_sharp_like_a_language_model() -> None:
+    case = Case("sharp", 2048, 4096, 64)
+    inputs, again = make_inputs(case), make_inputs(case)
+    for name, tensor in inputs.tensors().items():
+        assert torch.equal(tensor, again.tensors()[name]), name
+    found = compute_truth(inputs).sharpness()
+    assert 0.4 < found["mean_p_label"] < 0.9
+    # Labels come from the model's own softmax: the mean surprise is the mean entropy.
+    assert -found["mean_logp_label"] == pytest.approx(found["mean_entropy"], abs=0.15)
+    assert 0.5 < found["mean_entropy"] < 3
+    assert (inputs.grad[:1024] < 0).all() and (inputs.grad[1024:] > 0).all()
+
+
+def test_case_sets_have_distinct_keys_and_whole_pairs() -> None:
+    for name, make in CASE_SETS.items():
+        cases = make()
+        assert len({case.key for case in cases}) == len(cases), name
+        for case in cases:
+            assert case.sequences % 2 == 0 and case.tokens % case.sequences == 0
+            assert case.head in HEADS or name == "tiny"
+
+
+# --- truth ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("output", ["token_logps", "mean_nll", "dpo_loss"])
+def test_truth_is_autograd_in_fp64(output: str, softcap: float) -> None:
+    inputs = make_inputs(replace(TINY, mode="trainable", softcap=softcap))
+    truth = compute_truth(inputs, (output,) if output == "token_logps" else ("token_logps", output))
+    exact = replace(inputs, hidden=inputs.hidden.double(), weight=inputs.weight.double())
+    exact.require_grads()
+    logits = exact.hidden @ exact.weight.T
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    logps = logits.log_softmax(1).gather(1, exact.labels.unsqueeze(1)).squeeze(1)
+    g = upstream(output, logps.detach(), exact)
+    logps.backward(g)
+    torch.testing.assert_close(truth.logps, logps.detach())
+    torch.testing.assert_close(g.unsqueeze(1) * truth.u, exact.hidden.grad)
+    torch.testing.assert_close(truth.d_weight[output], exact.weight.grad)
+
+
+def test_refusal_reads_every_error_and_catches_nan() -> None:
+    budget = {"logp_err_max": 1e-6, "logp_err_rms": 1e-6, "grad_err_max": 1e-6}
+    assert refusal({"logp_err_max": 2e-6, "grad_err_max": 2e-6}, budget, torch.float32) is None
+    assert "logp_err_rms" in refusal({"logp_err_rms": 1e-3}, budget, torch.float32)
+    assert "grad_err_max" in refusal({"grad_err_max": float("nan")}, budget, torch.float32)
+    assert "loss_err" in refusal({"loss_err": 1e-3}, budget, torch.float32)
+
+
+# --- rows -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_peers_agree_with_the_truth(mode: str) -> None:
+    names = [name for name in PEERS if name not in ("compile",)]
+    rows = measure_here(TINY.with_mode(mode), select(",".join(names)))
+    assert list(rows) == names
+    for name in ("naive", "naive-ce", "trl", "dilkern-torch"):
+        row = rows[name]
+        assert row["status"] == "ok", row
+        assert row["total_ms"] >= row["forward_ms"] > 0 and row["gemm_multiple"] > 0
+        assert set(row) <= set(run.FIELDS)
+        assert ("head_grad_err_max" in row) == (mode == "trainable")
+        assert ("grad_err_max" in row) == (mode != "score")
+    for row in rows.values():  # those of packages that may be missing
+        assert row["status"] == "ok" or (row["status"] == "unsupported" and row["reason"]), row
+
+
+def wrong_value(x: Inputs) -> torch.Tensor:
+    return naive(x) + 1e-3
+
+
+def wrong_gradient(x: Inputs) -> torch.Tensor:
+    out = naive(x)
+    return out.detach() + 1.001 * (out - out.detach())
+
+
+def wrong_head_gradient(x: Inputs) -> torch.Tensor:
+    return naive(replace(x, weight=x.weight * 1.001 - 0.001 * x.weight.detach()))
+
+
+def nan(x: Inputs) -> torch.Tensor:
+    return naive(x) * float("nan")
+
+
+@pytest.mark.parametrize("call", [wrong_value, wrong_gradient, wrong_head_gradient, nan])
+def test_a_peer_with_wrong_numbers_gets_no_figures(call: Any) -> None:
+    bad = Peer("bad", "torch", call)
+    rows = measure_here(TINY.with_mode("trainable"), [PEERS["naive"], bad])
+    assert rows["naive"]["status"] == "ok"
+    assert rows["bad"]["status"] == "refused" and "err" in rows["bad"]["reason"]
+    assert not [name for name in rows["bad"] if name.startswith(("total", "forward", "peak"))]
+
+
+def test_out_of_memory_and_other_failures_cost_one_row() -> None:
+    def no_memory(x: Inputs) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+
+    def broken(x: Inputs) -> torch.Tensor:
+        raise TypeError("broken")
+
+    calls = (("big", no_memory), ("broken", broken))
+    rows = measure_here(TINY, [*(Peer(n, "torch", c) for n, c in calls), PEERS["naive"]])
+    assert rows["big"]["status"] == "OOM"
+    assert rows["broken"]["status"] == "error" and "TypeError: broken" in rows["broken"]["reason"]
+    assert rows["naive"]["status"] == "ok"
+
+
+def test_one_process_per_peer() -> None:
+    """The real path of the CPU: spawned workers, VmHWM, files for inputs and truth."""
+    rows = measure_group(replace(TINY, vocab=65536), select("naive,dilkern-torch"), CPU, QUICK)
+    naive_row, ours = rows
+    assert naive_row["status"] == ours["status"] == "ok", rows
+    logits_mib = 32 * 65536 * 4 / 2**20
+    assert 2 * logits_mib < naive_row["peak_mib"] < 6 * logits_mib  # logits, log_softmax, gradient
+    assert 0 < ours["peak_mib"] < naive_row["peak_mib"]
+
+
+def test_a_worker_that_dies_is_reported() -> None:
+    worker = Worker(os._exit, 3)
+    with pytest.raises(WorkerFailed, match="code 3"):
+        worker.call("run")
+    worker.close()
+
+
+def test_spread() -> None:
+    found = spread([0.001 * n for n in range(1, 12)], "x")
+    assert found["x_ms"] == pytest.approx(6) and found["x_ms_min"] == pytest.approx(1)
+    assert found["x_ms_p20"] == pytest.approx(3) and found["x_ms_p80"] == pytest.approx(9)
+    assert spread([0.002], "x")["x_ms_p80"] == pytest.approx(2)
+
+
+def test_unknown_peer_lists_the_known() -> None:
+    with pytest.raises(ValueError, match="dilkern-torch"):
+        select("naive,nobody")
+
+
+def test_every_peer_has_a_version() -> None:
+    found = peers_module.versions()
+    assert {peer.package for peer in PEERS.values()} <= set(found)
+    assert found["torch"] == torch.__version__
+
+
+# --- the runner -------------------------------------------------------------------------------
+
+
+def fake_group(case: Case, peers: list[Peer], *unused: Any) -> list[dict[str, Any]]:
+    shared = {"case": case.key, "gemm_ms": 1.0} | case.row()
+    shared |= {"mean_p_label": 0.5, "mean_logp_label": -1.0, "mean_entropy": 1.0}
+    good = {name: 2.0 for name in run.FIELDS if name.startswith(("forward_ms", "total_ms"))}
+    good |= {"gemm_multiple": 2.0, "peak_mib": 3.0, "logp_err_rms": 1e-6, "logp_err_max": 2e-6}
+    good |= {"grad_err_rms": 1e-6, "status": "ok", "output": "token_logps"}
+    bad = {"status": "refused", "reason": "grad_err_max 1 > 0.1", "output": "token_logps"}
+    return [shared | (bad if peer.name == "trl" else good) | {"peer": peer.name} for peer in peers]
+
+
+def test_a_run_resumes_and_keeps_its_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def group(case: Case, peers: list[Peer], *rest: Any) -> list[dict[str, Any]]:
+        seen.append(case.key)
+        return fake_group(case, peers, *rest)
+
+    monkeypatch.setattr(run, "measure_group", group)
+    cases, stem = CASE_SETS["tiny"](), tmp_path / "a" / "result"
+    assert not run.run(cases, "naive,trl", CPU, stem, QUICK, budget=-1)
+    assert seen == []
+    assert run.run(cases[:1], "naive,trl", CPU, stem, QUICK)
+    assert run.run(cases, "naive,trl", CPU, stem, QUICK)
+    assert seen == [case.key for case in cases]
+    assert run.run(cases, "naive,trl", CPU, stem, QUICK)
+    assert len(seen) == 2
+    rows = run.read_rows(stem.with_name("result.csv"))
+    assert [row["peer"] for row in rows] == ["naive", "trl"] * 2
+    about = json.loads(stem.with_name("result.json").read_text())
+    assert len(about["calls"]) == 3
+    assert {"commit", "dirty", "versions", "cpu", "threads", "inputs"} <= set(about["calls"][0])
+
+
+def test_a_failed_harness_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def group(*unused: Any) -> list[dict[str, Any]]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run, "measure_group", group)
+    assert run.run([TINY], "naive", CPU, tmp_path / "r", QUICK)
+    assert run.read_rows(tmp_path / "r.csv")[0]["status"] == "OOM"
+
+
+def test_results_of_two_commits_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.json"
+    environment.record(path, CPU)
+    monkeypatch.setattr(environment, "commit", lambda: "other")
+    with pytest.raises(ValueError, match="--out"):
+        environment.record(path, CPU)
+
+
+def test_selection_of_cases() -> None:
+    cases = run.select_cases("cpu")
+    assert run.select_cases("tiny,claim")[-1].head == "claim"
+    assert all("bfloat16" in case.key for case in run.select_cases("bfloat16"))
+    parts = [run.take_slice(cases, f"{i}/3") for i in (1, 2, 3)]
+    assert sorted(c.key for part in parts for c in part) == sorted(c.key for c in cases)
+    with pytest.raises(ValueError, match="sets:"):
+        run.select_cases("nothing")
+    for text in ("0/2", "3/2", "x"):
+        with pytest.raises(ValueError, match="i/n"):
+            run.take_slice(cases, text)
+
+
+# --- pictures, tables, claims -----------------------------------------------------------------
+
+
+def test_pictures_and_tables_come_from_the_file(tmp_path: Path) -> None:
+    rows = []
+    for tokens in (32, 64):
+        rows += fake_group(replace(TINY, tokens=tokens), select("naive,trl,dilkern-torch"))
+    file = tmp_path / "r.csv"
+    run.append_rows(file, rows)
+    made = plot.draw(file, tmp_path / "pictures")
+    assert all(path.stat().st_size > 0 for path in made)
+    assert any(path.name == "r-tokens.png" for path in made)
+    text = (tmp_path / "pictures" / "r.md").read_text()
+    assert "| dilkern-torch |" in text and "| naive |" in text
+    assert "| trl | refused: grad_err_max 1 > 0.1 |" in text
+
+
+def test_the_table_goes_between_the_markers() -> None:
+    text = f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n"
+    assert plot.insert(text, "new") == f"before\n{plot.BEGIN}\nnew\n{plot.END}\nafter\n"
+    with pytest.raises(ValueError, match="needs one"):
+        plot.insert("no markers", "new")
+
+
+def test_the_claim_names_what_it_missed() -> None:
+    base = TINY.row() | {"status": "ok"}
+    rows = [
+        base | {"peer": "naive", "total_ms_min": 100.0, "peak_mib": 1000.0},
+        base | {"peer": "trl", "total_ms_min": 200.0, "peak_mib": 2000.0},
+        base | {"peer": "dilkern-torch", "total_ms_min": 90.0, "peak_mib": 50.0},
+    ]
+    ratios = cpu_claim.compare(rows)
+    assert ratios == pytest.approx(
+        {"time_vs_naive": 0.9, "peak_memory_vs_naive": 0.05, "time_vs_trl": 0.45}
+    )
+    text = cpu_claim.line(rows, ratios)
+    assert "MISSED: time_vs_naive" in text and "\n" not in text
+    rows[2]["total_ms_min"] = 70.0
+    assert "all targets met" in cpu_claim.line(rows, cpu_claim.compare(rows))
+    rows[1] |= {"status": "refused", "reason": "why"}
+    with pytest.raises(RuntimeError, match="trl: refused: why"):
+        cpu_claim.compare(rows)
+
+
+def test_scaling_fits_exponents(tmp_path: Path) -> None:
+    assert scaling.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    rows = []
+    for axis in scaling.AXES:
+        cases = scaling.points(axis)
+        assert len({case.key for case in cases}) == len(cases)
+        for case in cases:
+            row = case.row() | {"peer": "naive", "status": "ok", "gemm_multiple_min": 2.0}
+            rows.append(row | {"total_ms_min": row[axis] ** 1.5, "peak_mib": 7.0})
+    fits = scaling.fit(rows)
+    assert [f["axis"] for f in fits] == list(scaling.AXES)
+    for f in fits:
+        assert f["time_exponent"] == pytest.approx(1.5)
+        assert f["memory_exponent"] == pytest.approx(0, abs=1e-9)
+    scaling.picture(rows, fits, tmp_path / "s.png")
+    assert "| tokens | naive | 1.50 |" in scaling.markdown(fits)
+    assert (tmp_path / "s.png").stat().st_size > 0
+
+
+def test_the_strips_of_the_block_study_are_the_log_sum_exp() -> None:
+    logits = torch.randn(10, 7)
+    for strip in (3, 10):
+        reference, total = torch.full((10,), -torch.inf), torch.zeros(10)
+        blocks.fold(logits.clone(), reference, total, strip)
+        torch.testing.assert_close(reference + total.log(), logits.logsumexp(1))
+    jobs = blocks.whole_op(TINY)
+    assert {"naive", "own plan", "bare GEMM"} <= set(jobs)
+    assert "own plan" in blocks.report("t", jobs, 1)
+
+
+def test_one_training_step_three_ways() -> None:
+    pytest.importorskip("trl")
+    setup = end_to_end.Setup("micro", pairs=2, length=16, prompt=4)
+    rows = end_to_end.measure(setup, 1, remote=False)
+    assert [row["method"] for row in rows] == list(end_to_end.METHODS)
+    for row in rows:
+        assert row["status"] == "ok" and row["tokens_per_s"] > 0, row
+        assert set(row) <= set(end_to_end.FIELDS)
+    assert "| micro | dilkern |" in end_to_end.markdown(rows)
+
+
+def test_a_training_step_with_a_wrong_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl")
+
+    def wrong(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return 1.01 * end_to_end.naive_logps(model, ids, labels)
+
+    monkeypatch.setitem(end_to_end.LOGPS, "dilkern", wrong)
+    monkeypatch.setattr(end_to_end, "METHODS", ("naive", "dilkern"))
+    rows = end_to_end.measure(
+        end_to_end.Setup("micro", pairs=2, length=16, prompt=4), 1, remote=False
+    )
+    assert rows[0]["status"] == "ok" and rows[1]["status"] == "refused"
+    assert "step_ms" not in rows[1] and "peak_mib" not in rows[1]
