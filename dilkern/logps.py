@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dilkern.backends import base as backends
-from dilkern.lm_head import Head, as_head, rebuild
+from dilkern.lm_head import Head, as_head, gathered, rebuild
 from dilkern.validation import (
     check_hidden_and_labels,
     check_label_values,
@@ -36,7 +36,7 @@ def _linear_logps(
     need_u: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return token_logps (T,), scored positions (N,), their logps and lse (N,), u (N, D)."""
-    head = rebuild(head_spec, head_tensors)
+    head = rebuild(head_spec, head_tensors, hidden.device)
     # The callers' autocast would round what is kept in fp32 here on purpose.
     with torch.autocast(hidden.device.type, enabled=False):
         scored = (labels != ignore_index).nonzero().squeeze(1)
@@ -103,7 +103,7 @@ def _head_backward(
     workspace_bytes: int,
 ) -> list[Tensor]:
     """Return one gradient per head tensor, empty where none is needed."""
-    head = rebuild(head_spec, head_tensors)
+    head = rebuild(head_spec, head_tensors, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         gradients = backends.resolve(backend, hidden.device, hidden.dtype).head_backward(
             hidden,
@@ -163,21 +163,22 @@ def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
             grad_hidden = _hidden_backward(grad, token_logps, scored, u, shift, ctx.dtype)
         if any(ctx.head_needs):
             hidden, labels, logps, lse, *head_tensors = extra
-            computed = _head_backward(
-                grad,
-                token_logps,
-                hidden,
-                labels,
-                scored,
-                logps,
-                lse,
-                head_tensors,
-                head_spec,
-                ctx.head_needs,
-                shift,
-                backend,
-                workspace_bytes,
-            )
+            with gathered(head_tensors):
+                computed = _head_backward(
+                    grad,
+                    token_logps,
+                    hidden,
+                    labels,
+                    scored,
+                    logps,
+                    lse,
+                    head_tensors,
+                    head_spec,
+                    ctx.head_needs,
+                    shift,
+                    backend,
+                    workspace_bytes,
+                )
             head_grads = [g if n else None for g, n in zip(computed, ctx.head_needs)]
     return grad_hidden, None, head_grads, None, None, None, None, None, None
 
@@ -190,11 +191,11 @@ def _compute_dtype(hidden_states: Tensor, head: Head) -> torch.dtype:
     device_type = hidden_states.device.type
     if torch.is_autocast_enabled(device_type) and hidden_states.dtype is not torch.float64:
         return torch.get_autocast_dtype(device_type)
-    for tensor in head.tensors():
-        if tensor.is_floating_point() and tensor.dtype != hidden_states.dtype:
+    for dtype in head.strict_dtypes():
+        if dtype != hidden_states.dtype:
             reject(
                 "`hidden_states` and `lm_head` must have one dtype outside autocast",
-                f"hidden_states {hidden_states.dtype}, lm_head {tensor.dtype}",
+                f"hidden_states {hidden_states.dtype}, lm_head {dtype}",
                 "Convert one of them, or run under torch.autocast.",
             )
     return hidden_states.dtype
@@ -219,8 +220,10 @@ def linear_logps(
     Args:
         hidden_states: (S, L, D) or (T, D), float32, bfloat16, float16 (float64 for tests): the last
             hidden layer, after the final norm.
-        lm_head: a (V, D) tensor, an `nn.Linear`, or a `dilkern.lm_head.Head`. If it requires grad, its
-            gradient is computed by one recompute pass in backward.
+        lm_head: a (V, D) tensor, an `nn.Linear`, a bitsandbytes or PEFT layer, an `LMHead` or `Head`
+            of `dilkern.lm_head` (docs/heads.md). If it requires grad, its gradient is computed by one
+            recompute pass in backward. A head on the CPU under hidden states on an accelerator is
+            streamed block by block.
         labels: (S, L) or (T,), integers in [0, V) or `ignore_index`.
         shift: False: row t is scored against label t. True: labels are aligned with input_ids as
             Hugging Face gives them, so row t-1 is scored against label t within each sequence (a
@@ -239,8 +242,8 @@ def linear_logps(
         RuntimeError: on double backward.
 
     Numerics: logits, statistics and accumulation in fp32; same inputs, same bits, with or without
-    gradient; NaN and Inf propagate. Two device syncs (which labels are scored, and their range). Under autocast the
-    products take operands of the autocast dtype.
+    gradient; NaN and Inf propagate. Two device syncs (which labels are scored, and their range).
+    Under autocast the products take operands of the autocast dtype.
 
     Memory: `workspace_mib` + u (N, D) when hidden states require grad; never (T, V).
 
@@ -254,9 +257,23 @@ def linear_logps(
         >>> bool(torch.allclose(token_logps[0], full[0, 1], atol=1e-5)), token_logps[2].item()
         (True, 0.0)
     """
-    head = as_head(lm_head)
     check_hidden_and_labels(hidden_states, labels)
     check_positive("workspace_mib", workspace_mib)
+    with gathered(lm_head):
+        return _score(
+            hidden_states, as_head(lm_head), labels, shift, ignore_index, backend, workspace_mib
+        )
+
+
+def _score(
+    hidden_states: Tensor,
+    head: Head,
+    labels: Tensor,
+    shift: bool,
+    ignore_index: int,
+    backend: str,
+    workspace_mib: float,
+) -> Tensor:
     if hidden_states.shape[-1] != head.hidden_size:
         reject(
             "`hidden_states` and `lm_head` must agree in the hidden size",
@@ -264,14 +281,16 @@ def linear_logps(
             "Pass the head of the model that made these hidden states.",
         )
     for tensor in head.tensors():
-        check_same_device("lm_head", tensor, "hidden_states", hidden_states)
+        if tensor.device.type != "cpu":
+            check_same_device("lm_head", tensor, "hidden_states", hidden_states)
     hidden = head.project(hidden_states.to(_compute_dtype(hidden_states, head)))
     if shift:
         labels = labels.clone()
         labels[..., :1] = ignore_index
+    hidden, flat = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     outputs: tuple[Tensor, ...] = _linear_logps(
-        hidden.reshape(-1, hidden.shape[-1]),
-        labels.reshape(-1),
+        hidden,
+        head.local_labels(flat, ignore_index),
         head.tensors(),
         head.spec(),
         int(shift),
@@ -280,4 +299,5 @@ def linear_logps(
         int(workspace_mib * 2**20),
         torch.is_grad_enabled() and hidden.requires_grad,
     )
-    return outputs[0].reshape(labels.shape)
+    token_logps = head.merge(outputs[0], hidden, flat, int(shift), ignore_index)
+    return token_logps.reshape(labels.shape)

@@ -24,6 +24,11 @@ def shape_of(tensor: Tensor) -> str:
     return f"shape {tuple(tensor.shape)}"
 
 
+def name_of(value: Any) -> str:
+    """Return the full name of the type of `value`."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
 def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         reject(f"`{name}` must be a torch.Tensor", type(value).__name__, "Convert it to a tensor.")

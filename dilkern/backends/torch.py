@@ -184,12 +184,12 @@ def head_backward(
     acc = accumulation_dtype(hidden.dtype)
     n_tokens = rows.numel()
     blocks = _plan(n_tokens, head, hidden, workspace_bytes)
-    gradients = head.new_gradients(needed)
+    gradients, columns = head.new_gradients(needed), head.gradient_columns(needed)
     miss = -torch.expm1(logps)
     for start in range(0, head.vocab_size, blocks.vocab):
         end = min(start + blocks.vocab, head.vocab_size)
         weight = head.block(start, end, hidden.dtype)
-        d_weight = weight.new_zeros(weight.shape, dtype=acc)
+        d_weight = torch.zeros_like(weight[:, columns], dtype=acc)
         d_bias = weight.new_zeros(end - start, dtype=acc)
         for part in _row_blocks(n_tokens, blocks.rows):
             h, y = hidden.index_select(0, rows[part]), labels[part]
@@ -200,7 +200,8 @@ def head_backward(
             if slope is not None:
                 dz.mul_(slope)
             d_bias += dz.sum(0)
-            d_weight = _add_matmul(d_weight, dz.t(), h)
+            if d_weight.shape[1]:
+                d_weight = _add_matmul(d_weight, dz.t(), h[:, columns])
             del z, dz, slope
         head.add_block_gradient(gradients, start, end, d_weight, d_bias)
     return gradients

@@ -78,3 +78,18 @@ def test_decodes_what_bitsandbytes_packs(kind, nested):
     got = nf4_dequant(weight, torch.float32, start=0, end=96)
     assert torch.equal(got, functional.dequantize_4bit(packed, state))
     assert (got - original).abs().mean() < 0.15
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_4bit_head_decodes_with_the_kernel_to_the_same_bits(nested, monkeypatch):
+    from dilkern.lm_head import FourBit, FourBitHead, quantized
+
+    w = random_weight(41, 64, 64, nested)
+    extra = (w.nested_code, w.nested_absmax, w.offset) if nested else ()
+    four_bit = FourBit(w.packed, w.code, w.absmax, extra, 64, 256, torch.bfloat16)
+    head, ids = FourBitHead(four_bit, 41, 64), torch.tensor([40, 3, 3, 0])
+    with_kernel = [head.block(5, 30, torch.float32), head.gather(ids, torch.bfloat16)]
+    assert quantized.decode_with_kernel(four_bit, 64, start=5, end=30) is not None
+    monkeypatch.setattr(quantized, "decode_with_kernel", lambda *args, **kwargs: None)
+    with_torch = [head.block(5, 30, torch.float32), head.gather(ids, torch.bfloat16)]
+    assert all(torch.equal(a, b) for a, b in zip(with_kernel, with_torch))

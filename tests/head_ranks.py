@@ -1,0 +1,199 @@
+"""What each of two gloo processes runs and asserts; see heads/test_sharded_head.py."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from head_cases import D, T, V, assert_exact, gather_logps, naive_logits, problem, results
+from torch import nn
+
+from dilkern import linear_logps
+from dilkern.lm_head import Adapter, DenseHead, LoRAHead, VocabParallelHead, as_head
+
+WORLD = 2
+CUT = 140  # uneven on purpose
+
+
+def _enter(rank, scenario, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
+    try:
+        scenario(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def run(scenario, tmp_path):
+    mp.spawn(_enter, (scenario, tmp_path / "store"), nprocs=WORLD)
+
+
+def rank_problem(rank):
+    torch.manual_seed(100 + rank)
+    return problem()
+
+
+def averaged(rank, make):
+    """The mean over the ranks of `make(problem of that rank)`, computed here without any shard."""
+    parts = [make(*rank_problem(r)) for r in range(WORLD)]
+    return [sum(p) / WORLD for p in zip(*parts)]
+
+
+def fsdp_own_unit(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    linear = nn.Linear(D, V).double()
+    plain = [p.detach().clone().requires_grad_() for p in linear.parameters()]
+    fully_shard(linear)
+    assert type(linear.weight).__name__ == "DTensor"
+    hidden, labels, g = rank_problem(rank)
+    (linear_logps(hidden, linear, labels) * g).sum().backward()
+
+    def naive(hidden, labels, g):
+        logps = gather_logps(naive_logits(hidden, *plain, 1.0, 0.0), labels)
+        return results(logps, g, plain)[1:]
+
+    got = [p.grad.full_tensor() for p in linear.parameters()]
+    assert_exact(got, averaged(rank, naive))
+    # Only this rank's tokens reach this rank's hidden states.
+    logps = gather_logps(naive_logits(hidden, *plain, 1.0, 0.0), labels)
+    assert_exact([hidden.grad], results(logps, g, [hidden])[1:])
+
+
+def fsdp_lora(rank):
+    import peft
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    linear = nn.Linear(D, V, bias=False).double()
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"])
+    layer = peft.get_peft_model(nn.ModuleDict({"lm_head": linear}), config).base_model.model[
+        "lm_head"
+    ]
+    adapters = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    for p in adapters:
+        p.data = torch.randn(p.shape, dtype=torch.float64)
+    weight = linear.weight.detach().clone()
+    plain = [p.detach().clone().requires_grad_() for p in adapters]
+    fully_shard(layer)
+    assert isinstance(as_head(layer), LoRAHead)
+    hidden, labels, g = rank_problem(rank)
+    (linear_logps(hidden, layer, labels) * g).sum().backward()
+
+    def naive(hidden, labels, g):
+        effective = weight + layer.scaling["default"] * plain[1] @ plain[0]
+        logps = gather_logps(hidden @ effective.T, labels)
+        return results(logps, g, plain)[1:]
+
+    sharded = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    got = [p.grad.full_tensor() for p in sharded]
+    assert_exact(got, averaged(rank, naive))
+
+
+def fsdp_four_bit(rank):
+    import bitsandbytes as bnb
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    linear = bnb.nn.Linear4bit(D, 300, bias=False, quant_storage=torch.float32).to("cpu")
+    want = as_head(linear).block(0, 300, torch.float32)
+    fully_shard(linear)
+    assert type(linear.weight).__name__ == "DTensor"
+    assert torch.equal(as_head(linear).block(0, 300, torch.float32), want)
+
+
+def vocab_parallel_four_bit(rank):
+    """Frozen 4-bit rows with a trainable bias; both ranks know all shards, to compare."""
+    import bitsandbytes as bnb
+
+    torch.manual_seed(0)
+    shards = [bnb.nn.Linear4bit(D, rows, bias=True).to("cpu") for rows in (CUT, V - CUT)]
+    for shard in shards:
+        shard.bias = nn.Parameter(torch.randn(shard.out_features, dtype=torch.float64))
+    hidden, labels, g = problem()
+    mine = shards[rank]
+    head = VocabParallelHead(as_head(mine, softcap=5.0))
+    got = results(linear_logps(hidden, head, labels), g, [hidden, mine.bias])
+    weight = torch.cat([as_head(s).block(0, s.out_features, torch.float64) for s in shards])
+    logits = naive_logits(hidden, weight, torch.cat([s.bias for s in shards]), 1.0, 5.0)
+    assert_exact(got, results(gather_logps(logits, labels), g, [hidden, mine.bias]))
+
+
+def adapters_and_four_bit(rank):
+    fsdp_lora(rank)
+    fsdp_four_bit(rank)
+    vocab_parallel_four_bit(rank)
+
+
+def _rows(rank):
+    return slice(0, CUT) if rank == 0 else slice(CUT, V)
+
+
+def vocab_parallel(rank):
+    for scale, softcap in ((1.0, 0.0), (0.5, 4.0)):
+        for shift in (False, True):
+            _vocab_parallel_dense(rank, scale, softcap, shift)
+    _vocab_parallel_lora(rank)
+    _vocab_parallel_confident(rank)
+    _vocab_parallel_edges(rank)
+
+
+def _vocab_parallel_dense(rank, scale, softcap, shift):
+    torch.manual_seed(0)
+    full = [torch.randn(V, D, dtype=torch.float64), torch.randn(V, dtype=torch.float64)]
+    hidden, labels, g = problem()
+    local = [p[_rows(rank)].clone().requires_grad_() for p in full]
+    head = VocabParallelHead(DenseHead(*local, scale=scale, softcap=softcap))
+    logps = linear_logps(hidden, head, labels, shift=shift, workspace_mib=0.1)
+    got = results(logps, g, [hidden, *local])
+    full = [p.requires_grad_() for p in full]
+    logits = naive_logits(hidden, *full, scale, softcap)
+    if shift:
+        labels = labels.clone()
+        labels[0], logits = -100, logits.roll(1, 0)
+    want = results(gather_logps(logits, labels), g, [hidden, *full])
+    assert_exact(got, [*want[:2], *(x[_rows(rank)] for x in want[2:])])
+
+
+def _vocab_parallel_lora(rank):
+    torch.manual_seed(0)
+    weight = torch.randn(V, D, dtype=torch.float64)
+    a = torch.randn(3, D, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(V, 3, dtype=torch.float64)
+    hidden, labels, g = problem()
+    local_b = b[_rows(rank)].clone().requires_grad_()
+    local = LoRAHead(DenseHead(weight[_rows(rank)]), [Adapter(a, local_b, 2.0)])
+    got = results(linear_logps(hidden, VocabParallelHead(local), labels), g, [hidden, a, local_b])
+    b = b.requires_grad_()
+    logps = gather_logps(hidden @ (weight + 2 * b @ a).T, labels)
+    want = results(logps, g, [hidden, a, b])
+    assert_exact(got, [*want[:3], want[3][_rows(rank)]])
+
+
+def _vocab_parallel_confident(rank):
+    """fp32, log p about -1e-6: forward and gradient keep their digits."""
+    torch.manual_seed(0)
+    weight = torch.randn(V, D)
+    labels = torch.randint(0, V, (T,))
+    hidden = (weight[labels] * 0.55).requires_grad_()
+    head = VocabParallelHead(DenseHead(weight[_rows(rank)]))
+    g = torch.ones(T)
+    got = results(linear_logps(hidden, head, labels), g, [hidden])
+    wide = hidden.detach().double().requires_grad_()
+    want = results(gather_logps(wide @ weight.double().T, labels), g, [wide])
+    assert want[0].abs().median() < 1e-4
+    for a, b in zip(got, want):
+        rows = b.reshape(T, -1).norm(dim=1)
+        assert ((a - b).reshape(T, -1).norm(dim=1) / rows).median() < 1e-4
+
+
+def _vocab_parallel_edges(rank):
+    torch.manual_seed(0)
+    weight = torch.randn(V, D, dtype=torch.float64)
+    head = VocabParallelHead(DenseHead(weight[_rows(rank)].clone().requires_grad_()))
+    hidden, labels, g = problem()
+    nothing = linear_logps(hidden, head, torch.full_like(labels, -100))
+    assert results(nothing, g, [hidden])[1].abs().max() == 0
+    labels[3] = V
+    with pytest.raises(ValueError, match=rf"in \[0, {V}\)"):
+        linear_logps(hidden, head, labels)
