@@ -35,6 +35,20 @@ test: install
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -m "not fuzz"
 	$(BIN)/pytest tests/aot
 
+# Kernels on the GPU at hand, at real sizes.
+gpu: install
+	$(BIN)/pytest -m gpu tests/gpu
+
+# Every config row compiles for its architecture; make aot TRITON=3.6.0 gates another release,
+# installed aside.
+aot: install
+	$(if $(TRITON),$(BIN)/pip install -q --no-deps --target out/triton-$(TRITON) triton==$(TRITON))
+	$(if $(TRITON),PYTHONPATH=$(CURDIR)/out/triton-$(TRITON)) $(BIN)/pytest -m aot tests/aot
+
+# 2,000 random cases of the op in the interpreter; a failure names its seed.
+fuzz: install
+	TRITON_INTERPRET=1 $(BIN)/pytest -m fuzz tests/kernels
+
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from dilkern.kernels import configs
 from dilkern.kernels.operands import on_device
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "start"])
 def _nf4_dequant_kernel(
     packed_ptr,  # (ceil(numel / 2),) uint8
     code_ptr,  # (16,) fp32

@@ -109,11 +109,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype | None = None) -
         )
     reason = why_not(name, device, dtype)
     if reason is not None:
-        reject(
-            f"backend={name!r} must be able to run on {device} in {dtype or 'any dtype'}",
-            reason,
-            "Use backend='auto', or 'torch'.",
-        )
+        reject(f"backend={name!r} must be able to run on {device}", reason, "Use backend='auto'.")
     return load(name)
 
 

@@ -231,9 +231,9 @@ def head_backward(
     workspace_bytes: int,
 ) -> list[Tensor | None]:
     """Recompute the logits block by block and hand each block's gradient to the head (9)."""
-    n_tokens, width, dtype = rows.numel(), hidden.shape[1], hidden.dtype
+    n_tokens, dtype = rows.numel(), hidden.dtype
     blocks = _plan(n_tokens, head, hidden, workspace_bytes, own=True, head_gradient=True)
-    gradients = head.new_gradients(needed)
+    gradients, columns = head.new_gradients(needed), head.gradient_columns(needed)
     bias = head.bias()
     miss = -torch.expm1(logps)
     z_y = torch.empty_like(logps)
@@ -249,7 +249,7 @@ def head_backward(
     for start in range(0, head.vocab_size, blocks.vocab):
         end = min(start + blocks.vocab, head.vocab_size)
         weight = head.block(start, end, dtype)
-        d_weight = weight.new_zeros(end - start, width, dtype=torch.float32)
+        d_weight = torch.zeros_like(weight[:, columns], dtype=torch.float32)
         d_bias = weight.new_zeros(end - start, dtype=torch.float32)
         for part in _row_blocks(n_tokens, blocks.rows):
             h, y = hidden.index_select(0, rows[part]), labels[part]
@@ -270,7 +270,8 @@ def head_backward(
                     softcap=head.softcap,
                 )
             d_bias += dz.sum(0, dtype=torch.float32)
-            d_weight = _add_matmul(d_weight, dz.t(), h)
+            if d_weight.shape[1]:
+                d_weight = _add_matmul(d_weight, dz.t(), h[:, columns])
             del dz
         if dtype is torch.float16 and n_tokens:
             d_weight.mul_(peak)
