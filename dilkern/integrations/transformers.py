@@ -1,0 +1,337 @@
+"""The loss head inside a Hugging Face causal LM: `model(..., labels=labels, dil_head=True)`.
+
+Everything goes through `model(...)`, so that DDP, FSDP, PEFT and autocast see one forward. The patch
+is on one model instance, is idempotent, and `remove_head` takes it away again.
+
+S sequences, L positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from dilkern.lm_head import DenseHead, Head
+from dilkern.logps import linear_logps
+from dilkern.sequence_loss import PreferenceLossOutput, preference_loss
+from dilkern.validation import reject
+
+IGNORE_INDEX = -100
+
+# Config names of a factor on the logits. Granite and MiniCPM3 divide; HyperCLOVA X multiplies, which
+# the probe would otherwise refuse.
+_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+
+
+@dataclass
+class DILOutput(ModelOutput):  # type: ignore[misc]
+    """What `model(..., labels=labels, dil_head=True)` returns."""
+
+    token_logps: Tensor | None = None  # (S, L), entry t belongs to label t
+    aux_loss: Tensor | None = None  # 0-d, load-balancing loss of MoE models
+
+
+class HeadSpec(NamedTuple):
+    """How logits follow from hidden states: softcap * tanh(scale * (W h + b) / softcap)."""
+
+    scale: float = 1.0
+    softcap: float = 0.0
+
+    def build(self, module: nn.Module) -> Head:
+        """Return the head over the weights that `module` has at this moment."""
+        if hasattr(module, "base_layer"):
+            reject(
+                "the output embedding must not carry a LoRA adapter: it would not be trained",
+                type(module).__name__,
+                "Take 'lm_head' out of `target_modules`, or train it whole with modules_to_save.",
+            )
+        weight, bias = module.weight, getattr(module, "bias", None)
+        if hasattr(weight, "full_tensor"):  # FSDP2: the gradient is an average over ranks
+            from torch.distributed.tensor import Partial
+
+            weight, bias = (
+                t if t is None else t.full_tensor(grad_placements=[Partial("avg")])
+                for t in (weight, bias)
+            )
+        return DenseHead(weight, bias, scale=self.scale, softcap=self.softcap)
+
+
+class _Installed(NamedTuple):
+    spec: HeadSpec
+    backend: str
+    workspace_mib: float
+
+
+def innermost(model: Any) -> Any:
+    """Return the causal LM inside DDP, torch.compile and PEFT wrappers."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _config_spec(config: Any) -> HeadSpec:
+    found = [v for v in (getattr(config, name, None) for name in _FACTORS) if v is not None]
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is not None:
+        found.append(divisor if config.model_type == "hyperclovax" else 1 / divisor)
+    softcap = getattr(config, "final_logit_softcapping", None) or 0.0
+    return HeadSpec(float(found[0]) if found else 1.0, float(softcap))
+
+
+def probe_and_spec(model: Any) -> HeadSpec:
+    """Read the logit transform from the config and verify it on four tokens.
+
+    Raises:
+        ValueError: the model has no separate backbone and head, or its logits are not what scale,
+            bias and softcap make of the last hidden layer.
+    """
+    module = model.get_output_embeddings()
+    if module is None or model.base_model is model:
+        reject(
+            "the model must be a causal LM with a backbone and an output embedding",
+            type(model).__name__,
+            "Load it with AutoModelForCausalLM.",
+        )
+    spec = _config_spec(model.config.get_text_config())
+    head = spec.build(module)
+    weight = head.tensors()[0]
+    if weight.is_meta:  # ranks that receive their weights later; the rank that has them probes
+        return spec
+    ids = torch.arange(4, device=weight.device).unsqueeze(0) % head.vocab_size
+    with torch.no_grad(), _evaluating(model):
+        want = model(input_ids=ids, use_cache=False).logits.float()
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        have = module(hidden.to(weight.device)).float() * spec.scale
+    if spec.softcap:
+        have = spec.softcap * torch.tanh(have / spec.softcap)
+    error, size = (have - want.to(have.device)).abs().max().item(), want.abs().max().item()
+    if not error <= (1e-4 if weight.dtype is torch.float32 else 3e-2) * max(size, 1e-6):
+        reject(
+            "the logits must be softcap * tanh(scale * (W h + b) / softcap) of the last hidden layer",
+            f"{type(model).__name__}, off by {error:.3g} of {size:.3g} with {spec}",
+            "This head is not known to dilkern; please report the model.",
+        )
+    return spec
+
+
+def _aux_loss(config: Any, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
+    # Mixtral's function is the one that every MoE family of transformers uses.
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    loss: Tensor = load_balancing_loss_func(
+        router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
+    )
+    return loss
+
+
+def _score(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DILOutput:
+    """Run the backbone, then `linear_logps` on its last hidden layer."""
+    installed: _Installed = model._dil_head
+    labels = kwargs.pop("labels")
+    kwargs["use_cache"] = False
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        kwargs.setdefault("output_router_logits", True)
+    outputs = model.base_model(*args, **kwargs)
+    # Looked up at each call: FSDP and PEFT replace the weight.
+    head = installed.spec.build(model.get_output_embeddings())
+    device = head.tensors()[0].device
+    token_logps = linear_logps(
+        outputs.last_hidden_state.to(device),
+        head,
+        labels.to(device),
+        shift=True,
+        ignore_index=IGNORE_INDEX,
+        backend=installed.backend,
+        workspace_mib=installed.workspace_mib,
+    )
+    aux_loss = None
+    if kwargs.get("output_router_logits"):
+        aux_loss = _aux_loss(config, outputs.router_logits, kwargs.get("attention_mask"))
+    return DILOutput(token_logps=token_logps, aux_loss=aux_loss)
+
+
+def install_head(model: Any, *, backend: str = "auto", workspace_mib: float = 256) -> None:
+    """Teach a causal LM the keyword `dil_head=True`; any other call of it is unchanged.
+
+    `model(input_ids, attention_mask=..., labels=labels, dil_head=True)` returns a `DILOutput` whose
+    token_logps (S, L) belong to `labels` (aligned with input_ids, -100 ignored). Installing again
+    only changes the options. Deep copies carry a head of their own.
+
+    Args:
+        model: a causal LM of transformers, or a PEFT, DDP or compiled wrapper of one.
+        backend, workspace_mib: see `linear_logps`.
+
+    Raises:
+        ValueError: the head of the model is not known (see `probe_and_spec`).
+    """
+    model = innermost(model)
+    installed = getattr(model, "_dil_head", None)
+    if installed is not None:
+        model._dil_head = installed._replace(backend=backend, workspace_mib=workspace_mib)
+        return
+    model._dil_head = _Installed(probe_and_spec(model), backend, workspace_mib)
+    # What stood on the instance (device hooks of accelerate, other patches). Kept on the instance and
+    # not in a closure: deepcopy then binds it to the copy.
+    model._dil_previous = model.__dict__.get("forward")
+
+    # `generate` and `Trainer` read the signature of the class's own forward.
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, dil_head: bool = False, **kwargs: Any) -> Any:
+        if dil_head:
+            return _score(self, args, kwargs)
+        if self._dil_previous is not None:
+            return self._dil_previous(*args, **kwargs)
+        return type(self).forward(self, *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+    model._dil_forward = model.forward
+
+
+def remove_head(model: Any) -> None:
+    """Undo `install_head`; nothing happens on a model without it.
+
+    Raises:
+        ValueError: something else has wrapped `forward` since.
+    """
+    model = innermost(model)
+    if getattr(model, "_dil_head", None) is None:
+        return
+    if model.__dict__.get("forward") != model._dil_forward:
+        reject(
+            "the head can only be removed while it is the outermost patch of `forward`",
+            "a later patch",
+            "Undo that first, e.g. `accelerator.unwrap_model(model, keep_fp32_wrapper=False)`.",
+        )
+    if model._dil_previous is None:
+        del model.forward
+    else:
+        model.forward = model._dil_previous
+    del model._dil_head, model._dil_previous, model._dil_forward
+
+
+class SequenceTerms(NamedTuple):
+    """The inputs of `preference_loss`, one entry per sequence."""
+
+    logps: Tensor  # (S,)
+    lengths: Tensor  # (S,)
+    log_ratios: Tensor | None  # (S,)
+
+
+def sequence_terms(
+    token_logps: Tensor,  # (S, L)
+    labels: Tensor,  # (S, L)
+    *,
+    ref_token_logps: Tensor | None = None,  # (S, L)
+    ref_logps: Tensor | None = None,  # (S,)
+) -> SequenceTerms:
+    """Sum token log-probs per sequence, and take the differences to the reference token by token."""
+    scored = labels != IGNORE_INDEX
+    scored[:, 0] = False  # nothing predicts the first token
+    logps = token_logps.sum(1)
+    log_ratios = None
+    if ref_token_logps is not None:
+        log_ratios = (token_logps - ref_token_logps.to(token_logps.dtype)).sum(1)
+    elif ref_logps is not None:
+        log_ratios = logps - ref_logps.to(logps)
+    return SequenceTerms(logps, scored.sum(1).to(logps.dtype), log_ratios)
+
+
+def labels_of(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return `labels` of a batch, or input_ids where completion_mask is 1 and -100 elsewhere."""
+    if "labels" in inputs:
+        return inputs["labels"]
+    return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
+
+
+def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a batch the model's forward takes."""
+    ours = {"labels", "completion_mask", "is_chosen", "ref_logps"}
+    ours |= {"ref_chosen_logps", "ref_rejected_logps"}
+    return {key: value for key, value in inputs.items() if key not in ours}
+
+
+def compute_loss(
+    model: Any,
+    inputs: Mapping[str, Any],
+    *,
+    ref_model: Any = None,
+    **options: Any,
+) -> PreferenceLossOutput:
+    """Compute a preference loss of one batch, for any training loop.
+
+    The head must be installed on `model` (and on `ref_model`): see `install_head`.
+
+    Args:
+        model: the (wrapped) policy, called as `model(..., dil_head=True)`.
+        inputs: input_ids, attention_mask and labels or completion_mask (S, L), chosen first half;
+            optionally is_chosen (S,) and ref_logps (S,), summed log-probs of the reference.
+        ref_model: a frozen model; None: `ref_logps` of the batch, or for a loss with a reference and
+            a PEFT model the model with its adapter disabled.
+        **options: keywords of `preference_loss`, e.g. loss="bce", beta=0.5.
+
+    Returns:
+        PreferenceLossOutput.
+
+    Raises:
+        ValueError: no reference for a loss that needs one.
+    """
+    from dilkern.losses import get_loss
+
+    labels, kwargs = labels_of(inputs), model_inputs(inputs)
+
+    def score(scorer: Any) -> Tensor:
+        token_logps: Tensor = scorer(**kwargs, labels=labels, dil_head=True).token_logps
+        return token_logps[:, -labels.shape[1] :]  # prompt tuning puts virtual tokens in front
+
+    ref_logps = inputs.get("ref_logps")
+    ref_token_logps = None
+    if get_loss(options.get("loss", "lsif")).reference and ref_logps is None:
+        adapted = model.module if hasattr(model, "module") else model
+        if ref_model is None and not hasattr(adapted, "disable_adapter"):
+            reject(
+                f"loss {options.get('loss', 'lsif')!r} needs a reference",
+                "no ref_model, no ref_logps in the batch, no PEFT adapter to disable",
+                "Pass one of them, or take a loss without a reference such as 'simpo'.",
+            )
+        with torch.no_grad():
+            if ref_model is not None:
+                ref_token_logps = score(ref_model)
+            else:
+                with adapted.disable_adapter():
+                    ref_token_logps = score(model)
+    terms = sequence_terms(
+        score(model), labels, ref_token_logps=ref_token_logps, ref_logps=ref_logps
+    )
+    return preference_loss(
+        terms.logps,
+        terms.lengths,
+        log_ratios=terms.log_ratios,
+        is_chosen=inputs.get("is_chosen"),
+        **options,
+    )
