@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from dilkern.lm_head import DenseHead, Head
 from dilkern.logps import linear_logps
@@ -45,7 +45,7 @@ class HeadSpec(NamedTuple):
     scale: float = 1.0
     softcap: float = 0.0
 
-    def build(self, module: nn.Module) -> Head:
+    def build(self, module: Any) -> Head:
         """Return the head over the weights that `module` has at this moment."""
         if hasattr(module, "base_layer"):
             reject(
@@ -251,7 +251,7 @@ def sequence_terms(
     ref_logps: Tensor | None = None,  # (S,)
 ) -> SequenceTerms:
     """Sum token log-probs per sequence, and take the differences to the reference token by token."""
-    scored = labels != IGNORE_INDEX
+    scored = labels.ne(IGNORE_INDEX)
     scored[:, 0] = False  # nothing predicts the first token
     logps = token_logps.sum(1)
     log_ratios = None

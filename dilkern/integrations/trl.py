@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -69,7 +69,8 @@ class DILConfig(DPOConfig):  # type: ignore[misc]
         0.5
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*DPOConfig._VALID_DICT_FIELDS, "loss_params"]
+    # Not annotated: that would make it a field.
+    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "loss_params"]  # noqa: RUF012
 
     loss_type: str = field(  # type: ignore[assignment]
         default="lsif", metadata={"help": "Name of the loss."}
@@ -259,9 +260,9 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
     args: Any
     model: Any
     _signature_columns: Any
-    _tag_names: ClassVar[list[str]] = ["trl", "dil", "dilkern"]
+    _tag_names = ["trl", "dil", "dilkern"]  # noqa: RUF012
     _name = "DIL"
-    _paper: ClassVar[dict[str, str]] = {
+    _paper = {  # noqa: RUF012
         "title": "On a Connection Between Imitation Learning and RLHF",
         "id": "2503.05079",
     }
@@ -348,7 +349,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                         "Raise the batch size, or set dataloader_drop_last=True.",
                     )
 
-    def _unpaired_collator(self, model: Any, args: DILConfig, kwargs: dict[str, Any]) -> Any:
+    def _unpaired_collator(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         processing_class = kwargs.get("processing_class")
         if processing_class is None:
             from transformers import AutoTokenizer
