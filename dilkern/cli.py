@@ -91,13 +91,13 @@ def _model_limits(model: str, max_length: int | None, trust_remote_code: bool) -
     return max_length
 
 
-def _precision(precision: str, on_cpu: bool) -> dict[str, bool]:
+def _precision(precision: str, on_cpu: bool) -> tuple[bool, bool]:
     check_choice("precision", precision, ("auto", "fp32", "bf16", "fp16"))
     if precision == "auto":
         precision = "fp32" if on_cpu or not torch.cuda.is_bf16_supported() else "bf16"
     if precision == "fp16" and on_cpu:
         reject("--precision fp16 needs a GPU", "a CPU", "Use fp32 or bf16.")
-    return {"bf16": precision == "bf16", "fp16": precision == "fp16"}
+    return precision == "bf16", precision == "fp16"
 
 
 def _lora(rank: int, alpha: int | None, dropout: float, targets: list[str]) -> Any:
@@ -229,7 +229,7 @@ def train(
             "Drop one of them.",
         )
     on_cpu = cpu or not torch.cuda.is_available()
-    amp = _precision(precision, on_cpu)
+    bf16, fp16 = _precision(precision, on_cpu)
     train_data, eval_data = _splits(dataset, dataset_split, eval_dataset, eval_split, seed)
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -258,7 +258,8 @@ def train(
         backend=backend,
         workspace_mib=workspace_mib,
         use_cpu=on_cpu,
-        **amp,
+        bf16=bf16,
+        fp16=fp16,
         num_train_epochs=epochs,
         max_steps=max_steps,
         per_device_train_batch_size=batch_size,
@@ -287,7 +288,7 @@ def train(
             ref_model, trust_remote_code=trust_remote_code, dtype=torch.float32
         )
     output_dir.mkdir(parents=True, exist_ok=True)
-    compute = torch.bfloat16 if amp["bf16"] else torch.float16 if amp["fp16"] else torch.float32
+    compute = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
     trainer = DILTrainer(
         model,
         ref_model=reference,
@@ -304,15 +305,16 @@ def train(
     if not trainer.is_world_process_zero():
         return
     history = trainer.state.log_history
+    examples = len(trainer.train_dataset)  # type: ignore[arg-type]
     write_csv(history, output_dir / "metrics.csv")
     plot_dynamics(history, output_dir / "training_dynamics.png", f"{entry.name}: {model}")
     seconds = result.metrics["train_runtime"]
-    tokens = trainer.state.num_input_tokens_seen or trainer._total_train_tokens
+    tokens = trainer.tokens_trained
     summary = {
         "loss": entry.name,
         "steps": trainer.state.global_step,
-        "examples": len(trainer.train_dataset),
-        "examples_dropped": len(train_data) - len(trainer.train_dataset),
+        "examples": examples,
+        "examples_dropped": len(train_data) - examples,
         "train_loss": result.metrics["train_loss"],
         "train_seconds": seconds,
         "tokens_per_second": tokens / seconds,

@@ -251,7 +251,7 @@ def sequence_terms(
     ref_logps: Tensor | None = None,  # (S,)
 ) -> SequenceTerms:
     """Sum token log-probs per sequence, and take the differences to the reference token by token."""
-    scored = labels.ne(IGNORE_INDEX)
+    scored: Tensor = labels != IGNORE_INDEX
     scored[:, 0] = False  # nothing predicts the first token
     logps = token_logps.sum(1)
     log_ratios = None

@@ -365,6 +365,11 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             processing_class.pad_token_id, args.max_length, args.pad_to_multiple_of
         )
 
+    @property
+    def tokens_trained(self) -> int:
+        """Tokens of this run's batches on all ranks, prompts included, padding not."""
+        return int(self._total_train_tokens)
+
     def _install(self, model: Any) -> None:
         model = self.accelerator.unwrap_model(model)
         install_head(model, backend=self.args.backend, workspace_mib=self.args.workspace_mib)
