@@ -14,13 +14,14 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# One BLAS thread per core; more only wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+# Threads that wait must not spin: on a busy machine that costs several times the work itself.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
@@ -38,7 +39,7 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(rows: list[dict], vocab_size: int = 2048):
+def make_tokenizer(rows: list[dict], vocab_size: int = 640):
     """Train a byte-level BPE on the text of the pairs."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -111,12 +112,13 @@ def batch(tokenizer, examples: list[tuple[list[int], list[int]]]) -> dict[str, t
 
 
 def warm_up(model, tokenizer, rows: list[dict], seconds: float) -> None:
-    """Supervised epochs on the chosen answers, at most 6 or as many as fit into `seconds`."""
+    """Supervised epochs on the chosen answers, at most 10 or as many as fit into `seconds`."""
     examples = [encode(tokenizer, row, "chosen") for row in rows]
+    epochs = 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     shuffle, start, first, last = random.Random(0), time.perf_counter(), 0.0, 0.0
     model.train()
-    for epoch in range(6):
+    for _ in range(10):
         shuffle.shuffle(examples)
         losses = []
         for at in range(0, len(examples), 8):
@@ -128,12 +130,13 @@ def warm_up(model, tokenizer, rows: list[dict], seconds: float) -> None:
             losses.append(loss.item())
             if time.perf_counter() - start > seconds:
                 break
+        epochs += 1
         last = sum(losses) / len(losses)
         first = first or last
         if time.perf_counter() - start > seconds:
             break
     print(
-        f"warm-up: {epoch + 1} epochs in {time.perf_counter() - start:.0f} s, "
+        f"warm-up: {epochs} epochs in {time.perf_counter() - start:.0f} s, "
         f"mean loss of an epoch {first:.2f} -> {last:.2f}"
     )
 
@@ -143,6 +146,9 @@ def score(model, tokenizer, rows: list[dict]) -> tuple[torch.Tensor, torch.Tenso
     """Return log-probs (S,) and lengths (S,), chosen first, and never a logit."""
     from dilkern.integrations.transformers import install_head
 
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning
+    )  # of transformers, about its own names
     install_head(model)
     model.eval()
     logps, lengths = [], []
@@ -278,7 +284,7 @@ def main() -> None:
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{options.data}: {len(train)} pairs to train on, {len(held_out)} held out")
     print(f"model: Llama of {size:.1f} M parameters on {DEVICE.type}, vocabulary {len(tokenizer)}")
-    warm_up(model, tokenizer, train, seconds=45)
+    warm_up(model, tokenizer, train, seconds=40)
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     ref_logps, lengths = score(model, tokenizer, held_out)
@@ -288,9 +294,9 @@ def main() -> None:
     run_cli(
         "train", "--model", str(out / "model"), "--dataset", str(out / "train.jsonl"),
         "--eval-dataset", str(out / "held_out.jsonl"), "--loss", "lsif", "--lora-r", "16",
-        "--output-dir", str(out / "adapter"), "--max-steps", "60", "--batch-size", "4",
-        "--learning-rate", "2e-3", "--logging-steps", "5", "--eval-steps", "20",
-        "--save-steps", "60", "--precision", "fp32", "--no-gradient-checkpointing",
+        "--output-dir", str(out / "adapter"), "--max-steps", "48", "--batch-size", "4",
+        "--learning-rate", "6e-4", "--logging-steps", "5", "--eval-steps", "24",
+        "--save-steps", "48", "--precision", "fp32", "--no-gradient-checkpointing",
     )  # fmt: skip
 
     tuned = PeftModel.from_pretrained(model, str(out / "adapter"))
