@@ -295,7 +295,7 @@ def main() -> None:
         "train", "--model", str(out / "model"), "--dataset", str(out / "train.jsonl"),
         "--eval-dataset", str(out / "held_out.jsonl"), "--loss", "lsif", "--lora-r", "16",
         "--output-dir", str(out / "adapter"), "--max-steps", "48", "--batch-size", "4",
-        "--learning-rate", "6e-4", "--logging-steps", "5", "--eval-steps", "24",
+        "--learning-rate", "1e-3", "--logging-steps", "5", "--eval-steps", "24",
         "--save-steps", "48", "--precision", "fp32", "--no-gradient-checkpointing",
     )  # fmt: skip
 

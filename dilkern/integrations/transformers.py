@@ -123,8 +123,10 @@ def probe_and_spec(model: Any) -> HeadSpec:
     if weight.is_meta:  # ranks that receive their weights later; the rank that has them probes
         return spec
     ids = torch.arange(4, device=weight.device).unsqueeze(0) % head.vocab_size
-    with torch.no_grad(), _evaluating(model):
-        want = model(input_ids=ids, use_cache=False).logits.float()
+    autocast_off = torch.autocast(weight.device.type, enabled=False)
+    with torch.no_grad(), _evaluating(model), autocast_off:
+        # The class's own forward: accelerate may have put autocast around the instance's.
+        want = type(model).forward(model, input_ids=ids, use_cache=False).logits.float()
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         have = module(hidden.to(weight.device)).float() * spec.scale
     if spec.softcap:
@@ -143,10 +145,11 @@ def _aux_loss(config: Any, router_logits: Any, attention_mask: Tensor | None) ->
     # Mixtral's function is the one that every MoE family of transformers uses.
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    loss: Tensor = load_balancing_loss_func(
-        router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
+    return torch.as_tensor(
+        load_balancing_loss_func(
+            router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
+        )
     )
-    return loss
 
 
 def _score(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DILOutput:

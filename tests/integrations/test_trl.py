@@ -354,7 +354,7 @@ def test_data_that_does_not_fit_raises(quick):
     with pytest.raises(ValueError, match="must be a DILConfig"):
         quick(config=DPOConfig)
     with pytest.raises(ValueError, match="train_dataset"):
-        DILTrainer(tiny.build())
+        DILTrainer(tiny.build(), args=DILConfig("unused", **COMMON))
 
 
 def test_loss_parameters_arrive(quick, tmp_path):
