@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -83,15 +82,39 @@ def innermost(model: Any) -> Any:
             return model
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _probe(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the last hidden layer and the logits of one forward."""
+    seen: list[Tensor] = []
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    devices = [ids.device] if ids.device.type == "cuda" else []
+    hook = model.base_model.register_forward_hook(lambda _, args, output: seen.append(output[0]))
+    # In training mode, because bitsandbytes repacks 4-bit weights on some CPUs in eval mode, for good
+    # and without a gradient. Dropout is the same for both results, and the generator is restored.
+    model.train()
     try:
-        yield
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices),
+            torch.autocast(ids.device.type, enabled=False),
+        ):
+            # The class's own forward: accelerate may have put autocast around the instance's.
+            logits = type(model).forward(model, input_ids=ids, use_cache=False).logits
     finally:
+        hook.remove()
         for module, training in modes:
             module.training = training
+    return seen[0], logits
+
+
+def keep_trainable(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on the CPU.
+
+    With AVX512-BF16 it does so at the first forward in eval mode, never undoes it, and the repacked
+    product has no gradient: training after an evaluation would be silently wrong (0.50.2).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _config_spec(config: Any) -> HeadSpec:
@@ -123,15 +146,12 @@ def probe_and_spec(model: Any) -> HeadSpec:
     if weight.is_meta:  # ranks that receive their weights later; the rank that has them probes
         return spec
     ids = torch.arange(4, device=weight.device).unsqueeze(0) % head.vocab_size
-    autocast_off = torch.autocast(weight.device.type, enabled=False)
-    with torch.no_grad(), _evaluating(model), autocast_off:
-        # The class's own forward: accelerate may have put autocast around the instance's.
-        want = type(model).forward(model, input_ids=ids, use_cache=False).logits.float()
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    hidden, want = _probe(model, ids)
+    with torch.no_grad():
         have = module(hidden.to(weight.device)).float() * spec.scale
     if spec.softcap:
         have = spec.softcap * torch.tanh(have / spec.softcap)
-    error, size = (have - want.to(have.device)).abs().max().item(), want.abs().max().item()
+    error, size = (have - want.to(have)).abs().max().item(), want.abs().max().item()
     if not error <= (1e-4 if weight.dtype is torch.float32 else 3e-2) * max(size, 1e-6):
         reject(
             "the logits must be softcap * tanh(scale * (W h + b) / softcap) of the last hidden layer",

@@ -25,6 +25,7 @@ from dilkern.integrations.transformers import (
     DILOutput,
     SequenceTerms,
     install_head,
+    keep_trainable,
     labels_of,
     model_inputs,
     sequence_terms,
@@ -372,6 +373,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _install(self, model: Any) -> None:
         model = self.accelerator.unwrap_model(model)
+        keep_trainable(model)
         install_head(model, backend=self.args.backend, workspace_mib=self.args.workspace_mib)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:

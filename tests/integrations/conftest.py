@@ -20,8 +20,8 @@ THIRD_PARTY_WARNINGS = (
     "ignore:.*gradient_checkpointing.* is deprecated",
     # accelerate / torch DataLoader on a machine without a GPU.
     "ignore:.*pin_memory.*:UserWarning",
-    # bitsandbytes' compiled CPU paths.
-    "ignore:.*MatMul8bitLt.*:UserWarning",
+    # peft, about its own conversion of LoRA for fused experts.
+    "ignore:The following .*_pattern keys:RuntimeWarning",
 )
 
 

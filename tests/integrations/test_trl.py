@@ -100,6 +100,15 @@ def test_dpo_follows_trl(quick, kind, tmp_path):
     assert column(ours, "num_tokens") == column(theirs, "num_tokens")
 
 
+def test_four_bit_training_stays_right_after_an_evaluation(quick, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    wide = tiny.save(tmp_path / "wide", hidden_size=64, intermediate_size=128, head_dim=16)
+    init = {"peft_config": lora(), "quantization_config": four_bit()}
+    init["eval_dataset"] = tiny.dataset(4)
+    plain = losses(quick(wide, init=init))
+    same_steps(losses(quick(wide, init=init, eval_strategy="steps", eval_steps=1)), plain, 1e-6)
+
+
 class FullLogitsLSIF(DPOTrainer):
     """The same objective the obvious way: full logits, autograd, the paper's formula."""
 
