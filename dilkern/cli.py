@@ -326,6 +326,36 @@ def train(
         typer.echo(f"{name:>18}  {f'{value:.6g}' if isinstance(value, float) else value}")
 
 
+@app.command()
+def plan(
+    model: Annotated[str, Option(help="Folder with a config.json, or hub id.")] = ...,  # type: ignore[assignment]
+    seq_len: Annotated[int, Option(min=2, help="Tokens per sequence.")] = 2048,
+    batch_size: Annotated[int, Option(min=1, help="Pairs per device and step.")] = 1,
+    vram: Annotated[float, Option(help="Memory of the GPU in GiB.")] = 24.0,
+    reserve: Annotated[float, Option(help="GiB left to the driver and to fragments.")] = 1.0,
+    lora_r: Annotated[int, Option(min=0, help="LoRA rank, 0 trains all weights.")] = 16,
+    load_in_4bit: Annotated[bool, Option(help="NF4 base weights (QLoRA).")] = False,
+    workspace_mib: Annotated[float, Option(help="Temporary memory of the loss head.")] = 256,
+    trust_remote_code: Annotated[bool, Option(help="Run code that comes with a model.")] = False,
+) -> None:
+    """Predict memory for three loss heads, and the longest sequence that fits, from the config."""
+    from dilkern.integrations.plan import Setting, read_shape, table
+
+    if vram <= reserve:
+        reject("--vram must be more than --reserve", f"{vram} and {reserve} GiB", "Raise --vram.")
+    if load_in_4bit and lora_r == 0:
+        reject("--load-in-4bit trains an adapter", "--lora-r 0", "Give a rank, e.g. --lora-r 16.")
+    shape = read_shape(model, trust_remote_code=trust_remote_code)
+    setting = Setting(seq_len, batch_size, lora_r, load_in_4bit, workspace_mib)
+    typer.echo(
+        f"{shape.parameters / 1e9:.3g} B parameters, vocabulary {shape.vocab_size}, "
+        f"{2 * batch_size} sequences of {seq_len} tokens, {vram:g} GiB. Prediction, not measured:"
+    )
+    typer.echo(f"{'head':<9}{'head MiB':>10}{'total GiB':>11}{'fits':>6}{'longest sequence':>18}")
+    for name, head, total, fits, most in table(shape, setting, vram, reserve):
+        typer.echo(f"{name:<9}{head:>10.0f}{total:>11.2f}{fits:>6}{most:>18}")
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

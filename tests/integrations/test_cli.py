@@ -225,3 +225,33 @@ def test_doctor():
     assert result.exit_code == 0
     for word in ("dilkern", "torch", "trl", "backend torch on cpu: can run", "backend triton"):
         assert word in result.output
+
+
+def test_plan(folder, tmp_path):
+    from dilkern.integrations.plan import Setting, head_bytes, longest, read_shape, total_bytes
+
+    model = tiny.build()
+    shape = read_shape(folder)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    adapted = tiny.build()
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainable, _ = get_peft_model(adapted, config).get_nb_trainable_parameters()
+    assert trainable == 3 * shape.lora_per_rank
+    setting = Setting(seq_len=128, batch_size=2, lora_r=8, load_in_4bit=False, workspace_mib=1)
+    assert head_bytes("naive", shape, setting) == 16 * 512 * shape.vocab_size
+    assert head_bytes("dilkern", shape, setting) == 2**20 + 2 * 512 * 32
+    for kind in ("naive", "trl", "dilkern"):
+        most = longest(kind, shape, setting, 64 * 2**20)
+        at, beyond = (
+            total_bytes(kind, shape, setting._replace(seq_len=n)) for n in (most, most + 1)
+        )
+        assert at <= 64 * 2**20 < beyond
+    result = CliRunner().invoke(app, ["plan", "--model", folder, "--seq-len", "512"])
+    assert result.exit_code == 0, result.output
+    assert [line.split()[0] for line in result.output.splitlines()[2:]] == [
+        "naive",
+        "trl",
+        "dilkern",
+    ]
