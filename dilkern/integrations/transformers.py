@@ -12,7 +12,7 @@ import functools
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from transformers.utils.generic import ModelOutput
 
 from dilkern.lm_head import DenseHead, Head
 from dilkern.logps import linear_logps
-from dilkern.sequence_loss import PreferenceLossOutput, preference_loss
+from dilkern.losses import get_loss
+from dilkern.sequence_loss import PreferenceLossOutput, preference_loss, preference_metrics
 from dilkern.validation import reject
 
 IGNORE_INDEX = -100
@@ -324,8 +325,6 @@ def compute_loss(
     Raises:
         ValueError: no reference for a loss that needs one.
     """
-    from dilkern.losses import get_loss
-
     labels, kwargs = labels_of(inputs), model_inputs(inputs)
 
     def score(scorer: Any) -> Tensor:
@@ -358,3 +357,138 @@ def compute_loss(
         is_chosen=inputs.get("is_chosen"),
         **options,
     )
+
+
+@dataclass
+class PreferenceCollator:
+    """Turn rows of prompt, chosen, rejected into one padded batch, chosen first.
+
+    Args:
+        tokenizer: with a chat template where rows hold lists of messages.
+        max_length: longer sequences lose their end; None keeps all.
+
+    Returns of a call: input_ids, attention_mask, labels (S, L), labels -100 outside completions.
+
+    Example:
+        >>> from dilkern.integrations.transformers import PreferenceCollator  # doctest: +SKIP
+        >>> collator = PreferenceCollator(tokenizer)  # doctest: +SKIP
+        >>> loader = DataLoader(rows, batch_size=4, collate_fn=collator)  # doctest: +SKIP
+    """
+
+    tokenizer: Any
+    max_length: int | None = 1024
+
+    def _ids(self, value: Any, **options: Any) -> list[int]:
+        if not isinstance(value, str):
+            value = self.tokenizer.apply_chat_template(value, tokenize=False, **options)
+            options = {"add_special_tokens": False}
+        ids: list[int] = self.tokenizer(value, **options)["input_ids"]
+        return ids
+
+    def encode(self, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
+        """Return input_ids and labels of one completion."""
+        if isinstance(prompt, str):
+            start, full = (
+                self._ids(prompt),
+                self._ids(prompt + completion + self.tokenizer.eos_token),
+            )
+        else:
+            start = self._ids(prompt, add_generation_prompt=True)
+            full = self._ids(list(prompt) + list(completion))
+        # Where they part, not the length of the prompt: tokens may merge across the boundary.
+        same = [a == b for a, b in zip(start, full)]
+        size = same.index(False) if False in same else len(same)
+        labels = [IGNORE_INDEX] * size + full[size:]
+        return full[: self.max_length], labels[: self.max_length]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        pairs = [
+            self.encode(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in rows
+        ]
+        longest = max(len(ids) for ids, _ in pairs)
+        pad = self.tokenizer.pad_token_id
+        if pad is None:
+            pad = self.tokenizer.eos_token_id
+
+        def padded(lists: Any, value: int) -> Tensor:
+            return torch.tensor([list(x) + [value] * (longest - len(x)) for x in lists])
+
+        return {
+            "input_ids": padded((ids for ids, _ in pairs), pad),
+            "attention_mask": padded(([1] * len(ids) for ids, _ in pairs), 0),
+            "labels": padded((labels for _, labels in pairs), IGNORE_INDEX),
+        }
+
+
+class PreferenceMixin:
+    """Give a `transformers.Trainer` a preference loss: `class MyTrainer(PreferenceMixin, Trainer)`.
+
+    The data collator must produce what `PreferenceCollator` does; set remove_unused_columns=False.
+
+    Args:
+        *args, **kwargs: as `transformers.Trainer`.
+        preference: keywords of `preference_loss`, e.g. {"loss": "bce"}.
+        ref_model: a second model, frozen here; None: see `compute_loss`.
+
+    Raises:
+        ValueError: see `install_head`, `compute_loss` and `preference_loss`.
+
+    Example:
+        >>> class MyTrainer(PreferenceMixin, Trainer): ...  # doctest: +SKIP
+        >>> MyTrainer(model, args, train_dataset=rows,  # doctest: +SKIP
+        ...           data_collator=PreferenceCollator(tokenizer), preference={"loss": "lsif"})
+    """
+
+    # The loss is a mean over a batch: gradient accumulation must divide by the number of batches.
+    loss_is_scaled_for_ga: ClassVar[bool] = False
+    model: Any
+    args: Any
+    accelerator: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        preference: Mapping[str, Any] | None = None,
+        ref_model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.remove_unused_columns:
+            reject(
+                "the collator needs the columns of the dataset",
+                "remove_unused_columns=True",
+                "Set remove_unused_columns=False in TrainingArguments.",
+            )
+        self.model_accepts_loss_kwargs = False  # transformers before 5.19 reads this instead
+        self.preference = dict(preference or {})
+        self.ref_model = ref_model
+        for model in (self.model, ref_model):
+            if model is not None:
+                keep_trainable(model)
+                install_head(model)
+        if ref_model is not None:
+            ref_model.requires_grad_(False).eval().to(self.accelerator.device)
+        self._preference_metrics: dict[str, dict[str, list[float]]] = {"": {}, "eval_": {}}
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Compute the loss of a batch and keep its metrics for the next log."""
+        output = compute_loss(model, inputs, ref_model=self.ref_model, **self.preference)
+        metrics = preference_metrics(output)
+        kept = self._preference_metrics["" if model.training else "eval_"]
+        for name, value in zip(metrics, torch.stack(list(metrics.values())).tolist()):
+            kept.setdefault(name, []).append(value)
+        if not return_outputs:
+            return output.loss
+        ratios = torch.cat([output.chosen_log_ratios, output.rejected_log_ratios])
+        return output.loss, {"loss": output.loss, "log_ratios": ratios}
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the mean of the metrics since the last log, named as in `DILTrainer`."""
+        prefix = "eval_" if "eval_loss" in logs else ""
+        kept = self._preference_metrics[prefix]
+        for name, values in kept.items():
+            logs[prefix + name] = sum(values) / len(values)
+        kept.clear()
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]

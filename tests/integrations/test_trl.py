@@ -39,6 +39,7 @@ def quick(tmp_path, folder):
     def make(model=None, data=None, *, trainer=DILTrainer, config=DILConfig, init=None, **options):
         args = config(str(tmp_path / "out"), **{**COMMON, **options})
         data = tiny.dataset() if data is None else data
+        torch.manual_seed(0)  # TRL before 1.15 leaves the start of an adapter to the caller's seed
         return trainer(
             model or folder,
             args=args,
