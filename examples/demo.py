@@ -39,15 +39,16 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(rows: list[dict], vocab_size: int = 640):
-    """Train a byte-level BPE on the text of the pairs."""
+def make_tokenizer(rows: list[dict]):
+    """Train a byte-level BPE on the text of the pairs, larger where there is more of it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    texts = (message["content"] for row in rows for part in row.values() for message in part)
+    texts = [message["content"] for row in rows for part in row.values() for message in part]
+    vocab_size = 640 if sum(map(len, texts)) < 200_000 else 2048
     raw.train_from_iterator(
         texts,
         trainers.BpeTrainer(
@@ -272,7 +273,7 @@ def main() -> None:
     rows = [
         r
         for r in rows
-        if len(encode(tokenizer, {**r, "chosen": []}, "chosen")[0]) < MAX_LENGTH // 2
+        if len(encode(tokenizer, {**r, "chosen": []}, "chosen")[0]) < MAX_LENGTH * 3 // 4
     ]
     random.Random(0).shuffle(rows)
     count = max(len(rows) // 4, 1)

@@ -24,10 +24,12 @@ from trl.trainer.utils import get_config_model_id, pad, use_adapter
 from dilkern.integrations.transformers import (
     DILOutput,
     SequenceTerms,
+    check_packing,
     install_head,
     keep_trainable,
     labels_of,
     model_inputs,
+    score_packed,
     sequence_terms,
 )
 from dilkern.losses import Loss, get_loss
@@ -43,7 +45,6 @@ _FOREIGN = (
     ("f_alpha_divergence_coef", 0.5, "Use loss_type='fdpo_alpha' with loss_params={'alpha': ...}."),
     ("use_weighting", False, "Leave it out."),
     ("discopop_tau", 0.05, "Leave it out."),
-    ("padding_free", False, "Leave it out: batches are padded."),
     ("use_liger_kernel", False, "Leave it out: it replaces the forward that dilkern extends."),
 )
 
@@ -59,6 +60,7 @@ class DILConfig(DPOConfig):  # type: ignore[misc]
             `preference_loss`; None is the default of the loss (for max_log_ratio: no limit).
         reference_free: f = log pi_theta on purpose, no reference model is loaded or run.
         strict: raise where a log-ratio is beyond max_log_ratio.
+        padding_free: run the model on one row of all sequences without padding; results are the same.
         backend, workspace_mib: see `linear_logps`.
 
     Raises:
@@ -291,7 +293,13 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             kwargs["data_collator"] = self._unpaired_collator(model, args, kwargs)
         if not self._needs_reference:
             ref_model = _NoReference()
-        super().__init__(model, ref_model=ref_model, args=args, **kwargs)
+        self._packed = args.padding_free
+        self._checked: set[int] = set()
+        args.padding_free = False  # the parent warns that it cannot; we can
+        try:
+            super().__init__(model, ref_model=ref_model, args=args, **kwargs)
+        finally:
+            args.padding_free = self._packed
         if not self._needs_reference:
             self.ref_model = None
         self._install(self.model)
@@ -375,6 +383,10 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         model = self.accelerator.unwrap_model(model)
         keep_trainable(model)
         install_head(model, backend=self.args.backend, workspace_mib=self.args.workspace_mib)
+        if self._packed and id(model) not in self._checked:
+            with self.accelerator.autocast():
+                check_packing(model)
+            self._checked.add(id(model))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
         if not self._unpaired:
@@ -398,6 +410,8 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         self._signature_columns += sorted(extra)
 
     def _score(self, model: Any, inputs: dict[str, Any], labels: Tensor, **extra: Any) -> DILOutput:
+        if self._packed:
+            return score_packed(model, inputs, labels, **extra)
         output: DILOutput = model(**model_inputs(inputs), labels=labels, dil_head=True, **extra)
         # Prompt tuning puts virtual tokens in front.
         assert output.token_logps is not None

@@ -109,6 +109,7 @@ VARIANTS = {
     "reference free": {"reference-free": True},
     "precomputed": {"precompute-ref-log-probs": True},
     "bf16": {"precision": "bf16"},
+    "packed": {"padding-free": True},
     "bpo": {"loss": "bce", "pairing": "pairwise", "label-smoothing": 0.1},
     "paper": {"max-log-ratio": "none", "no-length-normalize": True, "backend": "torch"},
     "mixture": {"loss": "bce", "mixture": 0.5, "sft-weight": 0.1, "workspace-mib": 2},

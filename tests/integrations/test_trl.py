@@ -329,7 +329,6 @@ REFUSED = [
     ({"f_alpha_divergence_coef": 0.3}, "fdpo_alpha"),
     ({"use_weighting": True}, "use_weighting"),
     ({"discopop_tau": 0.1}, "discopop_tau"),
-    ({"padding_free": True}, "padding_free"),
     ({"use_liger_kernel": True}, "use_liger_kernel"),
     ({"loss_type": "simpo", "precompute_ref_log_probs": True}, "has no reference"),
     ({"loss_type": "cpo", "sync_ref_model": True}, "has no reference"),
@@ -377,3 +376,45 @@ def test_loss_parameters_arrive(quick, tmp_path):
     one = losses(quick(loss_type="power", loss_params={"lam": 1.0}, init=reference, max_steps=1))
     lsif = losses(quick(loss_type="lsif", init={"ref_model": tiny.build(seed=3)}, max_steps=1))
     assert one[0] + (-1 + 0.5) == pytest.approx(lsif[0], abs=1e-5)  # the dropped constants
+
+
+PACKED = {
+    "llama": {},
+    "llama eager": {"attn": "eager"},
+    "qwen3": {"family": "qwen3"},
+    "gemma2": {"family": "gemma2", "attn": "eager"},
+    "moe": {"family": "qwen3_moe"},
+    "lora": {"init": {"peft_config": lora()}},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "unpaired": {"data": tiny.unpaired()},
+    "kto": {"loss_type": "kto"},
+    "bf16": {"bf16": True},
+}
+
+
+@pytest.mark.parametrize("options", PACKED.values(), ids=PACKED)
+def test_padding_free_equals_padded(quick, tmp_path, options):
+    options = dict(options)
+    path = tiny.save(tmp_path / "model", options.pop("family", "llama"))
+    options["model_init_kwargs"] = {"attn_implementation": options.pop("attn", "sdpa")}
+    data = options.pop("data", None)
+    padded = quick(path, data, **options)
+    packed = quick(path, data, padding_free=True, **options)
+    same_steps(losses(packed), losses(padded), 2e-2 if "bf16" in options else 1e-5)
+    tolerance = 1e-1 if "bf16" in options else 2e-3  # summed log-probs of about 100 nats
+    same_steps(column(packed, "logps/chosen"), column(padded, "logps/chosen"), tolerance)
+    assert column(packed, "num_tokens") == column(padded, "num_tokens")
+
+
+def test_padding_free_refuses_a_model_that_mixes_sequences(quick, folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+    class MixingBackbone(type(model.model)):
+        def forward(self, *args, position_ids=None, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model.model.__class__ = MixingBackbone
+    with pytest.raises(ValueError, match="keeps packed sequences apart"):
+        quick(model, padding_free=True)
