@@ -7,11 +7,26 @@ import sys
 from pathlib import Path
 
 import ddp_worker
+import fsdp_worker
 import pytest
 import tiny_models as tiny
 import torch
 
 HERE = Path(__file__).resolve().parent
+
+
+def torchrun(worker, *arguments):
+    """Run a worker on two processes of this machine."""
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", str(HERE.parent.parent))])
+    command = [
+        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2",
+        "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(HERE / worker), *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -22,18 +37,7 @@ def runs(tmp_path_factory):
     for count in ("one", "two"):
         for kind in ddp_worker.KINDS:
             (top / count / kind).mkdir(parents=True)
-    root = str(HERE.parent.parent)
-    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", root)])
-    command = [
-        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2",
-        "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
-        str(HERE / "ddp_worker.py"), folder, str(top / "two"), "2",
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun("ddp_worker.py", folder, str(top / "two"), "2")
     for kind in ddp_worker.KINDS:
         ddp_worker.run(kind, folder, str(top / "one" / kind), 4)
     return top
@@ -56,3 +60,17 @@ def test_two_processes_train_as_one(runs, kind):
     for have, want in zip(*logs):
         for name in set(names) & set(want):
             assert have[name] == pytest.approx(want[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_fsdp2_gradients_equal_one_process(tmp_path):
+    torchrun("fsdp_worker.py", str(tmp_path))
+    for arrangement in fsdp_worker.ARRANGEMENTS:
+        have, want = torch.load(tmp_path / f"{arrangement}.pt"), fsdp_worker.gradients(arrangement)
+        assert set(have) == set(want)
+        assert any("embed" in name for name in have)
+        for name, gradient in want.items():
+            assert gradient.abs().max() > 0
+            torch.testing.assert_close(
+                have[name], gradient, rtol=1e-5, atol=1e-7, msg=f"{arrangement} {name}"
+            )
