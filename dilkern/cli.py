@@ -307,7 +307,12 @@ def train(
     if not trainer.is_world_process_zero():
         return
     history = trainer.state.log_history
-    examples = len(trainer.train_dataset)  # type: ignore[arg-type]
+    rows: Any = trainer.train_dataset
+    completions = ("chosen_ids", "rejected_ids", "completion_ids")
+    longest = [
+        len(row["prompt_ids"]) + max(len(row[name]) for name in completions if name in row)
+        for row in rows
+    ]
     write_csv(history, output_dir / "metrics.csv")
     plot_dynamics(history, output_dir / "training_dynamics.png", f"{entry.name}: {model}")
     seconds = result.metrics["train_runtime"]
@@ -315,8 +320,9 @@ def train(
     summary = {
         "loss": entry.name,
         "steps": trainer.state.global_step,
-        "examples": examples,
-        "examples_dropped": len(train_data) - examples,
+        "examples": len(rows),
+        "examples_dropped": len(train_data) - len(rows),  # the prompt alone fills max_length
+        "examples_truncated": sum(size > length for size in longest),
         "train_loss": result.metrics["train_loss"],
         "train_seconds": seconds,
         "tokens_per_second": tokens / seconds,

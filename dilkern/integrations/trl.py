@@ -390,19 +390,28 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
         if not self._unpaired:
-            return super()._prepare_dataset(dataset, processing_class, args, name)
-        if "completion_ids" in next(iter(dataset)):
-            return dataset
-        # One row as a pair of equals: tokenization has one implementation, the parent's.
-        dataset = dataset.map(
-            lambda row: {
-                "chosen": row["completion"],
-                "rejected": row["completion"],
-                "is_chosen": bool(row["label"]),
-            }
-        )
-        dataset = super()._prepare_dataset(dataset, processing_class, args, name)
-        return dataset.rename_column("chosen_ids", "completion_ids").remove_columns("rejected_ids")
+            prepared = super()._prepare_dataset(dataset, processing_class, args, name)
+        elif "completion_ids" in next(iter(dataset)):
+            prepared = dataset
+        else:
+            # One row as a pair of equals: tokenization has one implementation, the parent's.
+            dataset = dataset.map(
+                lambda row: {
+                    "chosen": row["completion"],
+                    "rejected": row["completion"],
+                    "is_chosen": bool(row["label"]),
+                }
+            )
+            prepared = super()._prepare_dataset(dataset, processing_class, args, name)
+            prepared = prepared.rename_column("chosen_ids", "completion_ids")
+            prepared = prepared.remove_columns("rejected_ids")
+        if isinstance(prepared, Dataset) and len(prepared) == 0:
+            reject(
+                f"some prompt of the {name} dataset must be shorter than max_length={args.max_length}",
+                f"{len(dataset)} longer ones",
+                "Raise max_length, or shorten the prompts.",
+            )
+        return prepared
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

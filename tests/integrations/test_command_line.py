@@ -128,6 +128,21 @@ def test_options_work(folder, data, tmp_path, options):
         assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+def test_long_examples_are_counted(folder, tmp_path):
+    rows = tiny.pairs(6)
+    rows[0]["prompt"][0]["content"] *= 20
+    rows[1]["chosen"][0]["content"] *= 4
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(*flags(folder, str(path), tmp_path / "out", **{"max-length": 64, "max-steps": 1}))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["examples"] == 5
+    assert summary["examples_dropped"] == 1
+    assert summary["examples_truncated"] == 1
+    with pytest.raises(ValueError, match="shorter than max_length=4"):
+        train(*flags(folder, str(path), tmp_path / "none", **{"max-length": 4}))
+
+
 def test_second_model_eval_file_and_unpaired(folder, data, tmp_path):
     other = tiny.save(tmp_path / "other", seed=5)
     options = {"ref-model": other, "eval-dataset": data, "max-steps": 1, "lora-r": 0}
@@ -256,3 +271,12 @@ def test_plan(folder, tmp_path):
         "trl",
         "dilkern",
     ]
+
+
+def test_importing_dilkern_loads_no_trainer_library():
+    code = (
+        "import sys, dilkern, dilkern.cli; "
+        "found = {'transformers', 'trl', 'peft', 'datasets', 'accelerate'} & set(sys.modules); "
+        "sys.exit(f'{found}' if found else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
