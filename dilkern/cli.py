@@ -184,6 +184,9 @@ def train(
     lora_target: Annotated[list[str], Option(help="Module names, or all-linear.")] = ["all-linear"],  # noqa: B006
     load_in_4bit: Annotated[bool, Option(help="NF4 base weights (QLoRA).")] = False,
     precision: Annotated[str, Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    attn_implementation: Annotated[
+        str | None, Option(help="sdpa, eager, flash_attention_2, ...; default of transformers.")
+    ] = None,
     cpu: Annotated[bool, Option(help="Do not use a GPU.")] = False,
     epochs: Annotated[float, Option(help="Passes over the data.")] = 1.0,
     max_steps: Annotated[int, Option(help="Overrides --epochs if > 0.")] = -1,
@@ -243,8 +246,14 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     check_against_tokenizer(train_data, tokenizer, dataset)
     evaluate = eval_data is not None
+    compute = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
+    # Frozen weights need no more digits than the products that they enter; trained ones do.
+    init: dict[str, Any] = {"dtype": str(compute if lora_r else torch.float32).split(".")[1]}
+    if attn_implementation is not None:
+        init["attn_implementation"] = attn_implementation
     args = DILConfig(
         str(output_dir),
+        model_init_kwargs=init,
         loss_type=entry.name,
         loss_params=params or None,
         beta=beta,
@@ -287,10 +296,9 @@ def train(
     reference = None
     if ref_model is not None:
         reference = AutoModelForCausalLM.from_pretrained(
-            ref_model, trust_remote_code=trust_remote_code, dtype=torch.float32
+            ref_model, trust_remote_code=trust_remote_code, **{**init, "dtype": compute}
         )
     output_dir.mkdir(parents=True, exist_ok=True)
-    compute = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
     trainer = DILTrainer(
         model,
         ref_model=reference,

@@ -21,6 +21,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import get_config_model_id, pad, use_adapter
 
+from dilkern.backends.base import BACKENDS
 from dilkern.integrations.transformers import (
     DILOutput,
     SequenceTerms,
@@ -34,7 +35,7 @@ from dilkern.integrations.transformers import (
 )
 from dilkern.losses import Loss, get_loss
 from dilkern.sequence_loss import PreferenceLossOutput, preference_loss, preference_metrics
-from dilkern.validation import check_positive, reject
+from dilkern.validation import check_choice, check_positive, reject
 
 # Options of DPOConfig that DILTrainer does not have: (name, the value that means "not asked for",
 # what to do instead).
@@ -116,6 +117,7 @@ class DILConfig(DPOConfig):  # type: ignore[misc]
             if value != neutral:
                 reject(f"DILTrainer has no `{name}`", repr(value), remedy)
         check_positive("workspace_mib", self.workspace_mib)
+        check_choice("backend", self.backend, ("auto", *BACKENDS))
         if not entry.reference:
             for name in ("precompute_ref_log_probs", "sync_ref_model", "reference_free"):
                 if getattr(self, name):

@@ -109,7 +109,8 @@ VARIANTS = {
     "reference free": {"reference-free": True},
     "precomputed": {"precompute-ref-log-probs": True},
     "bf16": {"precision": "bf16"},
-    "packed": {"padding-free": True},
+    "packed": {"padding-free": True, "attn-implementation": "eager"},
+    "bf16 full": {"precision": "bf16", "lora-r": 0},
     "bpo": {"loss": "bce", "pairing": "pairwise", "label-smoothing": 0.1},
     "paper": {"max-log-ratio": "none", "no-length-normalize": True, "backend": "torch"},
     "mixture": {"loss": "bce", "mixture": 0.5, "sft-weight": 0.1, "workspace-mib": 2},
@@ -175,6 +176,7 @@ REFUSED = [
     ({"resume": True}, "complete checkpoint"),
     ({"dataset": "missing.jsonl"}, "does not exist"),
     ({"backend": "cuda"}, "backend"),
+    ({"report-to": "nowhere"}, "nowhere"),
 ]
 
 

@@ -339,6 +339,7 @@ REFUSED = [
     ({"loss_type": "ipo", "beta": 0.2}, "no beta"),
     ({"loss_params": {"lam": 1.0}}, "lam"),
     ({"workspace_mib": 0}, "workspace_mib"),
+    ({"backend": "cuda"}, "`backend` must be one of"),
     ({"mixture": 0.5, "pairing": "pairwise"}, "mixture"),
 ]
 
@@ -397,6 +398,7 @@ def test_padding_free_equals_padded(quick, tmp_path, options):
     options = dict(options)
     path = tiny.save(tmp_path / "model", options.pop("family", "llama"))
     options["model_init_kwargs"] = {"attn_implementation": options.pop("attn", "sdpa")}
+    options["max_steps"] = 3
     data = options.pop("data", None)
     padded = quick(path, data, **options)
     packed = quick(path, data, padding_free=True, **options)
