@@ -48,7 +48,7 @@ def make_tokenizer(rows: list[dict]):
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     texts = [message["content"] for row in rows for part in row.values() for message in part]
-    vocab_size = 640 if sum(map(len, texts)) < 200_000 else 2048
+    vocab_size = 640 if sum(map(len, texts)) < 200_000 else 1024
     raw.train_from_iterator(
         texts,
         trainers.BpeTrainer(
@@ -59,7 +59,7 @@ def make_tokenizer(rows: list[dict]):
         ),
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<|end|>", pad_token="<pad>", model_max_length=MAX_LENGTH
+        tokenizer_object=raw, eos_token="<|end|>", pad_token="<pad>"
     )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
@@ -300,10 +300,14 @@ def main() -> None:
         "--save-steps", "48", "--precision", "fp32", "--no-gradient-checkpointing",
     )  # fmt: skip
 
+    seen, sizes = score(model, tokenizer, train)
     tuned = PeftModel.from_pretrained(model, str(out / "adapter"))
+    chosen, rejected = ((score(tuned, tokenizer, train)[0] - seen) / sizes).chunk(2)
     logps, _ = score(tuned, tokenizer, held_out)
     after = preference_loss(logps, lengths, log_ratios=logps - ref_logps, loss="lsif")
     report(before, after)
+    gained = (chosen > rejected).float().mean()
+    print(f"Training pairs ({len(train)}): accuracy of the ratio {gained:.4f}")
     print(f"adapter: {out / 'adapter' / 'adapter_model.safetensors'}")
     print(f"picture: {out / 'adapter' / 'training_dynamics.png'}")
     compare()
