@@ -1,0 +1,5 @@
+"""`python -m dilkern`."""
+
+from dilkern.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Adapters to trainers; each module imports its library, none is imported by `import dilkern`."""

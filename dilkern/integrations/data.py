@@ -1,0 +1,209 @@
+"""Preference data from a file or the hub, every row checked before any training starts.
+
+Formats are TRL's: paired (prompt, chosen, rejected; prompt may be left to the common beginning of
+both) or unpaired (prompt, completion, label), each as text or as lists of messages.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dilkern.validation import reject
+
+PAIRED = ("prompt", "chosen", "rejected")
+UNPAIRED = ("prompt", "completion", "label")
+OPTIONAL = ("tools", "chat_template_kwargs", "ref_chosen_logps", "ref_rejected_logps")
+_KNOWN = {*PAIRED, *UNPAIRED, *OPTIONAL}
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        number = 0
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{path}, line {number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            reject(
+                f"{path}, line {number}: every line must be one JSON object",
+                f"{error.msg} at column {error.colno}",
+                "Correct or delete this line.",
+            )
+        except UnicodeDecodeError as error:
+            reject(
+                f"{path}, after line {number}: the file must be UTF-8 text",
+                f"{error.reason} at byte {error.start} of the block",
+                "Convert the file to UTF-8.",
+            )
+
+
+def _rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
+    path = Path(source)
+    if path.suffix in (".jsonl", ".json", ".ndjson") and path.is_file():
+        yield from _jsonl_rows(path)
+        return
+    import datasets
+
+    if path.suffix == ".parquet" and path.is_file():
+        table = datasets.Dataset.from_parquet(str(path))
+    elif path.exists() or path.suffix in (".jsonl", ".json", ".ndjson", ".parquet"):
+        reject(
+            "the dataset must be a .jsonl or .parquet file, or a hub id",
+            f"{source}, which {'is something else' if path.exists() else 'does not exist'}",
+            "Check the path.",
+        )
+    else:
+        table = datasets.load_dataset(source, split=split)
+    for number, row in enumerate(table, 1):
+        yield f"{source}, row {number}", {k: v for k, v in row.items() if v is not None}
+
+
+def _check_text(where: str, key: str, value: Any) -> bool:
+    """Check one of prompt, chosen, rejected, completion; return whether it is conversational."""
+    if isinstance(value, str):
+        if not value.strip():
+            reject(
+                f"{where}: {key!r} must not be empty", repr(value), "Fill it in or drop the row."
+            )
+        return False
+    if not isinstance(value, list):
+        reject(
+            f"{where}: {key!r} must be text or a list of messages",
+            f"{type(value).__name__} {value!r:.60}",
+            'Write "..." or [{"role": "user", "content": "..."}].',
+        )
+    if not value:
+        reject(f"{where}: {key!r} must not be empty", "[]", "Fill it in or drop the row.")
+    for i, message in enumerate(value):
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            keys = sorted(message) if isinstance(message, dict) else type(message).__name__
+            reject(
+                f"{where}: message {i} of {key!r} must have the keys 'role' and 'content'",
+                f"{keys}",
+                'Write {"role": "user", "content": "..."}.',
+            )
+        for part in ("role", "content"):
+            if not isinstance(message[part], str):
+                reject(
+                    f"{where}: {part!r} of message {i} of {key!r} must be text",
+                    type(message[part]).__name__,
+                    "Only text models are supported.",
+                )
+    last = value[-1]
+    if key != "prompt":
+        if last["role"] != "assistant":
+            reject(
+                f"{where}: {key!r} must end with a message of the role 'assistant'",
+                repr(last["role"]),
+                "Put the user's turns into 'prompt'.",
+            )
+        if not last["content"].strip():
+            reject(f"{where}: {key!r} must not be empty", repr(last["content"]), "Drop the row.")
+    return True
+
+
+def _check_row(where: str, row: Any) -> tuple[str, bool]:
+    """Return ("paired" or "unpaired", whether conversational)."""
+    if not isinstance(row, dict):
+        reject(f"{where}: a row must be a JSON object", type(row).__name__, "See the formats.")
+    keys = set(row)
+    unpaired = bool(keys & {"completion", "label"})
+    if unpaired and keys & {"chosen", "rejected"}:
+        reject(
+            f"{where}: a row is either paired ({', '.join(PAIRED)}) or unpaired "
+            f"({', '.join(UNPAIRED)})",
+            f"the keys {', '.join(sorted(keys))}",
+            "Keep the columns of one format.",
+        )
+    needed = UNPAIRED if unpaired else ("chosen", "rejected")
+    missing = [key for key in needed if key not in keys]
+    if missing:
+        near = difflib.get_close_matches(missing[0], sorted(keys - _KNOWN), 1)
+        reject(
+            f"{where}: key {missing[0]!r} is required",
+            f"the keys {', '.join(sorted(keys)) or 'none'}",
+            f"Rename {near[0]!r} to {missing[0]!r}."
+            if near
+            else f"A paired row has {', '.join(PAIRED)}; an unpaired one {', '.join(UNPAIRED)}.",
+        )
+    if unpaired and not isinstance(row["label"], bool):
+        reject(
+            f"{where}: 'label' must be true (chosen) or false (rejected)",
+            repr(row["label"]),
+            "Convert it to a boolean.",
+        )
+    texts = [key for key in (*PAIRED, "completion") if key in row]
+    kinds = {key: _check_text(where, key, row[key]) for key in texts}
+    if len(set(kinds.values())) > 1:
+        reject(
+            f"{where}: all of {', '.join(texts)} must be text, or all lists of messages",
+            ", ".join(f"{k} is {'messages' if c else 'text'}" for k, c in kinds.items()),
+            "Convert them to one form.",
+        )
+    return ("unpaired" if unpaired else "paired"), any(kinds.values())
+
+
+def read_preferences(source: str, *, split: str = "train") -> Any:
+    """Read and check a preference dataset.
+
+    Args:
+        source: a .jsonl or .parquet file, or a dataset id of the hub.
+        split: split of a hub dataset.
+
+    Returns:
+        datasets.Dataset with the columns of TRL's formats; other columns are dropped.
+
+    Raises:
+        ValueError: with file, line, key and remedy for the first row that cannot be trained on.
+    """
+    from datasets import Dataset
+
+    rows: list[dict[str, Any]] = []
+    first: tuple[str, bool] | None = None
+    start = ""
+    for where, row in _rows(source, split):
+        kind = _check_row(where, row)
+        if first is None:
+            first, start = kind, where
+        if kind != first or ("prompt" in row) != ("prompt" in rows[0] if rows else "prompt" in row):
+            reject(
+                f"{where}: all rows must have one format",
+                f"{_described(kind, row)}, while {start} is {_described(first, rows[0])}",
+                "Split the file, or convert the rows.",
+            )
+        rows.append({key: row[key] for key in row if key in _KNOWN})
+    if not rows:
+        reject(f"{source}: a dataset needs at least one row", "none", "Check the file.")
+    return Dataset.from_list(rows)
+
+
+def _described(kind: tuple[str, bool], row: dict[str, Any]) -> str:
+    form = "messages" if kind[1] else "text"
+    return f"{kind[0]} {form} {'with' if 'prompt' in row else 'without'} a prompt"
+
+
+def check_against_tokenizer(dataset: Any, tokenizer: Any, source: str) -> None:
+    """Refuse conversational data where the tokenizer cannot render it.
+
+    Raises:
+        ValueError: no chat template, or no end-of-sequence token.
+    """
+    row = dataset[0]
+    value = row.get("chosen", row.get("completion"))
+    if isinstance(value, list) and getattr(tokenizer, "chat_template", None) is None:
+        reject(
+            f"{source}: conversational data needs a tokenizer with a chat template",
+            f"{type(tokenizer).__name__} without one",
+            "Use an instruction-tuned model, set tokenizer.chat_template and save it, or write "
+            "prompt, chosen and rejected as text.",
+        )
+    if tokenizer.eos_token is None:
+        reject(
+            "the tokenizer must have an end-of-sequence token",
+            "none",
+            "Set tokenizer.eos_token and save it.",
+        )

@@ -1,0 +1,556 @@
+"""The loss head inside a Hugging Face causal LM: `model(..., labels=labels, dil_head=True)`.
+
+Everything goes through `model(...)`, so that DDP, FSDP, PEFT and autocast see one forward. The patch
+is on one model instance, is idempotent, and `remove_head` takes it away again.
+
+S sequences, L positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
+
+from dilkern.lm_head import DenseHead, Head
+from dilkern.logps import linear_logps
+from dilkern.losses import get_loss
+from dilkern.sequence_loss import PreferenceLossOutput, preference_loss, preference_metrics
+from dilkern.validation import reject
+
+IGNORE_INDEX = -100
+
+# Config names of a factor on the logits. Granite and MiniCPM3 divide; HyperCLOVA X multiplies, which
+# the probe would otherwise refuse.
+_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+
+
+@dataclass
+class DILOutput(ModelOutput):  # type: ignore[misc]
+    """What `model(..., labels=labels, dil_head=True)` returns."""
+
+    token_logps: Tensor | None = None  # (S, L), entry t belongs to label t
+    aux_loss: Tensor | None = None  # 0-d, load-balancing loss of MoE models
+
+
+class HeadSpec(NamedTuple):
+    """How logits follow from hidden states: softcap * tanh(scale * (W h + b) / softcap)."""
+
+    scale: float = 1.0
+    softcap: float = 0.0
+
+    def build(self, module: Any) -> Head:
+        """Return the head over the weights that `module` has at this moment."""
+        if hasattr(module, "base_layer"):
+            reject(
+                "the output embedding must not carry a LoRA adapter: it would not be trained",
+                type(module).__name__,
+                "Take 'lm_head' out of `target_modules`, or train it whole with modules_to_save.",
+            )
+        weight, bias = module.weight, getattr(module, "bias", None)
+        if hasattr(weight, "full_tensor"):  # FSDP2: the gradient is an average over ranks
+            from torch.distributed.tensor import Partial
+
+            weight, bias = (
+                t if t is None else t.full_tensor(grad_placements=[Partial("avg")])
+                for t in (weight, bias)
+            )
+        return DenseHead(weight, bias, scale=self.scale, softcap=self.softcap)
+
+
+class _Installed(NamedTuple):
+    spec: HeadSpec
+    backend: str
+    workspace_mib: float
+
+
+def innermost(model: Any) -> Any:
+    """Return the causal LM inside DDP, torch.compile and PEFT wrappers."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def _probe(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the last hidden layer and the logits of one forward."""
+    seen: list[Tensor] = []
+    modes = [(module, module.training) for module in model.modules()]
+    devices = [ids.device] if ids.device.type == "cuda" else []
+    hook = model.base_model.register_forward_hook(lambda _, args, output: seen.append(output[0]))
+    # In training mode, because bitsandbytes repacks 4-bit weights on some CPUs in eval mode, for good
+    # and without a gradient. Dropout is the same for both results, and the generator is restored.
+    model.train()
+    try:
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices),
+            torch.autocast(ids.device.type, enabled=False),
+        ):
+            # The class's own forward: accelerate may have put autocast around the instance's.
+            logits = type(model).forward(model, input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+        for module, training in modes:
+            module.training = training
+    return seen[0], logits
+
+
+def keep_trainable(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on the CPU.
+
+    With AVX512-BF16 it does so at the first forward in eval mode, never undoes it, and the repacked
+    product has no gradient: training after an evaluation would be silently wrong (0.50.2).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _config_spec(config: Any) -> HeadSpec:
+    found = [v for v in (getattr(config, name, None) for name in _FACTORS) if v is not None]
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is not None:
+        found.append(divisor if config.model_type == "hyperclovax" else 1 / divisor)
+    softcap = getattr(config, "final_logit_softcapping", None) or 0.0
+    return HeadSpec(float(found[0]) if found else 1.0, float(softcap))
+
+
+def probe_and_spec(model: Any) -> HeadSpec:
+    """Read the logit transform from the config and verify it on four tokens.
+
+    Raises:
+        ValueError: the model has no separate backbone and head, or its logits are not what scale,
+            bias and softcap make of the last hidden layer.
+    """
+    module = model.get_output_embeddings()
+    if module is None or model.base_model is model:
+        reject(
+            "the model must be a causal LM with a backbone and an output embedding",
+            type(model).__name__,
+            "Load it with AutoModelForCausalLM.",
+        )
+    spec = _config_spec(model.config.get_text_config())
+    head = spec.build(module)
+    weight = head.tensors()[0]
+    if weight.is_meta:  # ranks that receive their weights later; the rank that has them probes
+        return spec
+    ids = torch.arange(4, device=weight.device).unsqueeze(0) % head.vocab_size
+    hidden, want = _probe(model, ids)
+    with torch.no_grad():
+        have = module(hidden.to(weight.device)).float() * spec.scale
+    if spec.softcap:
+        have = spec.softcap * torch.tanh(have / spec.softcap)
+    error, size = (have - want.to(have)).abs().max().item(), want.abs().max().item()
+    if not error <= (1e-4 if weight.dtype is torch.float32 else 3e-2) * max(size, 1e-6):
+        reject(
+            "the logits must be softcap * tanh(scale * (W h + b) / softcap) of the last hidden layer",
+            f"{type(model).__name__}, off by {error:.3g} of {size:.3g} with {spec}",
+            "This head is not known to dilkern; please report the model.",
+        )
+    return spec
+
+
+def _aux_loss(config: Any, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
+    # Mixtral's function is the one that every MoE family of transformers uses.
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    return torch.as_tensor(
+        load_balancing_loss_func(
+            router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
+        )
+    )
+
+
+def _score(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DILOutput:
+    """Run the backbone, then `linear_logps` on its last hidden layer."""
+    installed: _Installed = model._dil_head
+    labels = kwargs.pop("labels")
+    kwargs["use_cache"] = False
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        kwargs.setdefault("output_router_logits", True)
+    outputs = model.base_model(*args, **kwargs)
+    # Looked up at each call: FSDP and PEFT replace the weight.
+    head = installed.spec.build(model.get_output_embeddings())
+    device = head.tensors()[0].device
+    token_logps = linear_logps(
+        outputs.last_hidden_state.to(device),
+        head,
+        labels.to(device),
+        shift=True,
+        ignore_index=IGNORE_INDEX,
+        backend=installed.backend,
+        workspace_mib=installed.workspace_mib,
+    )
+    aux_loss = None
+    if kwargs.get("output_router_logits"):
+        aux_loss = _aux_loss(config, outputs.router_logits, kwargs.get("attention_mask"))
+    return DILOutput(token_logps=token_logps, aux_loss=aux_loss)
+
+
+def install_head(model: Any, *, backend: str = "auto", workspace_mib: float = 256) -> None:
+    """Teach a causal LM the keyword `dil_head=True`; any other call of it is unchanged.
+
+    `model(input_ids, attention_mask=..., labels=labels, dil_head=True)` returns a `DILOutput` whose
+    token_logps (S, L) belong to `labels` (aligned with input_ids, -100 ignored). Installing again
+    only changes the options. Deep copies carry a head of their own.
+
+    Args:
+        model: a causal LM of transformers, or a PEFT, DDP or compiled wrapper of one.
+        backend, workspace_mib: see `linear_logps`.
+
+    Raises:
+        ValueError: the head of the model is not known (see `probe_and_spec`).
+    """
+    model = innermost(model)
+    installed = getattr(model, "_dil_head", None)
+    if installed is not None:
+        model._dil_head = installed._replace(backend=backend, workspace_mib=workspace_mib)
+        return
+    model._dil_head = _Installed(probe_and_spec(model), backend, workspace_mib)
+    # What stood on the instance (device hooks of accelerate, other patches). Kept on the instance and
+    # not in a closure: deepcopy then binds it to the copy.
+    model._dil_previous = model.__dict__.get("forward")
+
+    # `generate` and `Trainer` read the signature of the class's own forward.
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, dil_head: bool = False, **kwargs: Any) -> Any:
+        if dil_head:
+            return _score(self, args, kwargs)
+        if self._dil_previous is not None:
+            return self._dil_previous(*args, **kwargs)
+        return type(self).forward(self, *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+    model._dil_forward = model.forward
+
+
+def remove_head(model: Any) -> None:
+    """Undo `install_head`; nothing happens on a model without it.
+
+    Raises:
+        ValueError: something else has wrapped `forward` since.
+    """
+    model = innermost(model)
+    if getattr(model, "_dil_head", None) is None:
+        return
+    if model.__dict__.get("forward") != model._dil_forward:
+        reject(
+            "the head can only be removed while it is the outermost patch of `forward`",
+            "a later patch",
+            "Undo that first, e.g. `accelerator.unwrap_model(model, keep_fp32_wrapper=False)`.",
+        )
+    if model._dil_previous is None:
+        del model.forward
+    else:
+        model.forward = model._dil_previous
+    del model._dil_head, model._dil_previous, model._dil_forward
+
+
+class SequenceTerms(NamedTuple):
+    """The inputs of `preference_loss`, one entry per sequence."""
+
+    logps: Tensor  # (S,)
+    lengths: Tensor  # (S,)
+    log_ratios: Tensor | None  # (S,)
+
+
+def sequence_terms(
+    token_logps: Tensor,  # (S, L)
+    labels: Tensor,  # (S, L)
+    *,
+    ref_token_logps: Tensor | None = None,  # (S, L)
+    ref_logps: Tensor | None = None,  # (S,)
+) -> SequenceTerms:
+    """Sum token log-probs per sequence, and take the differences to the reference token by token."""
+    scored: Tensor = labels != IGNORE_INDEX
+    scored[:, 0] = False  # nothing predicts the first token
+    logps = token_logps.sum(1)
+    log_ratios = None
+    if ref_token_logps is not None:
+        log_ratios = (token_logps - ref_token_logps.to(token_logps.dtype)).sum(1)
+    elif ref_logps is not None:
+        log_ratios = logps - ref_logps.to(logps)
+    return SequenceTerms(logps, scored.sum(1).to(logps.dtype), log_ratios)
+
+
+def labels_of(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return `labels` of a batch, or input_ids where completion_mask is 1 and -100 elsewhere."""
+    if "labels" in inputs:
+        return inputs["labels"]
+    return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
+
+
+def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a batch the model's forward takes."""
+    ours = {"labels", "completion_mask", "is_chosen", "ref_logps"}
+    ours |= {"ref_chosen_logps", "ref_rejected_logps"}
+    return {key: value for key, value in inputs.items() if key not in ours}
+
+
+def score_packed(model: Any, inputs: Mapping[str, Any], labels: Tensor, **extra: Any) -> DILOutput:
+    """Score a padded batch (S, L) without its padding: one row of T tokens, positions restarting.
+
+    Returns:
+        DILOutput as of the padded batch, token_logps (S, L). See `check_packing`.
+    """
+    real = inputs["attention_mask"].bool()
+    labels = labels.clone()
+    labels[:, 0] = IGNORE_INDEX  # its left neighbour in the row is the end of another sequence
+    positions = inputs["attention_mask"].cumsum(1) - 1
+    output: DILOutput = model(
+        input_ids=inputs["input_ids"][real].unsqueeze(0),
+        position_ids=positions[real].unsqueeze(0),
+        labels=labels[real].unsqueeze(0),
+        dil_head=True,
+        **extra,
+    )
+    assert output.token_logps is not None
+    flat = output.token_logps[0]
+    output.token_logps = flat.new_zeros(labels.shape).masked_scatter(real, flat)
+    return output
+
+
+def check_packing(model: Any) -> None:
+    """Verify on two short sequences that none sees the other in a packed row.
+
+    Raises:
+        ValueError: the model or its attention implementation ignores restarting positions.
+    """
+    if any(getattr(c, "is_prompt_learning", False) for c in _adapter_configs(model)):
+        reject(
+            "padding_free needs a model without virtual tokens",
+            "a prompt-learning adapter",
+            "Use LoRA, or set padding_free=False.",
+        )
+    device = next(model.parameters()).device
+    ids = torch.arange(10, device=device).reshape(2, 5) % 7
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()  # no dropout
+    try:
+        with torch.no_grad():
+            want = model(**batch, labels=ids, dil_head=True).token_logps
+            have = score_packed(model, batch, ids).token_logps
+    finally:
+        for module, training in modes:
+            module.training = training
+    assert have is not None
+    error, size = (have - want).abs().max().item(), want.abs().max().item()
+    narrow = torch.is_autocast_enabled(device.type) or next(model.parameters()).itemsize < 4
+    if not error <= (3e-2 if narrow else 1e-4) * size:
+        reject(
+            "padding_free needs a model whose attention keeps packed sequences apart",
+            f"{type(innermost(model)).__name__}, log-probs off by {error:.3g} of {size:.3g}",
+            "Set padding_free=False, or load it with attn_implementation='sdpa'.",
+        )
+
+
+def _adapter_configs(model: Any) -> list[Any]:
+    return list(getattr(model, "peft_config", {}).values())
+
+
+def compute_loss(
+    model: Any,
+    inputs: Mapping[str, Any],
+    *,
+    ref_model: Any = None,
+    **options: Any,
+) -> PreferenceLossOutput:
+    """Compute a preference loss of one batch, for any training loop.
+
+    The head must be installed on `model` (and on `ref_model`): see `install_head`.
+
+    Args:
+        model: the (wrapped) policy, called as `model(..., dil_head=True)`.
+        inputs: input_ids, attention_mask and labels or completion_mask (S, L), chosen first half;
+            optionally is_chosen (S,) and ref_logps (S,), summed log-probs of the reference.
+        ref_model: a frozen model; None: `ref_logps` of the batch, or for a loss with a reference and
+            a PEFT model the model with its adapter disabled.
+        **options: keywords of `preference_loss`, e.g. loss="bce", beta=0.5.
+
+    Returns:
+        PreferenceLossOutput.
+
+    Raises:
+        ValueError: no reference for a loss that needs one.
+    """
+    labels, kwargs = labels_of(inputs), model_inputs(inputs)
+
+    def score(scorer: Any) -> Tensor:
+        token_logps: Tensor = scorer(**kwargs, labels=labels, dil_head=True).token_logps
+        return token_logps[:, -labels.shape[1] :]  # prompt tuning puts virtual tokens in front
+
+    ref_logps = inputs.get("ref_logps")
+    ref_token_logps = None
+    if get_loss(options.get("loss", "lsif")).reference and ref_logps is None:
+        adapted = model.module if hasattr(model, "module") else model
+        if ref_model is None and not hasattr(adapted, "disable_adapter"):
+            reject(
+                f"loss {options.get('loss', 'lsif')!r} needs a reference",
+                "no ref_model, no ref_logps in the batch, no PEFT adapter to disable",
+                "Pass one of them, or take a loss without a reference such as 'simpo'.",
+            )
+        with torch.no_grad():
+            if ref_model is not None:
+                ref_token_logps = score(ref_model)
+            else:
+                with adapted.disable_adapter():
+                    ref_token_logps = score(model)
+    terms = sequence_terms(
+        score(model), labels, ref_token_logps=ref_token_logps, ref_logps=ref_logps
+    )
+    return preference_loss(
+        terms.logps,
+        terms.lengths,
+        log_ratios=terms.log_ratios,
+        is_chosen=inputs.get("is_chosen"),
+        **options,
+    )
+
+
+@dataclass
+class PreferenceCollator:
+    """Turn rows of prompt, chosen, rejected into one padded batch, chosen first.
+
+    Args:
+        tokenizer: with a chat template where rows hold lists of messages.
+        max_length: longer sequences lose their end; None keeps all.
+
+    Returns of a call: input_ids, attention_mask, labels (S, L), labels -100 outside completions.
+
+    Example:
+        >>> from dilkern.integrations.transformers import PreferenceCollator  # doctest: +SKIP
+        >>> collator = PreferenceCollator(tokenizer)  # doctest: +SKIP
+        >>> loader = DataLoader(rows, batch_size=4, collate_fn=collator)  # doctest: +SKIP
+    """
+
+    tokenizer: Any
+    max_length: int | None = 1024
+
+    def _ids(self, value: Any, **options: Any) -> list[int]:
+        if not isinstance(value, str):
+            value = self.tokenizer.apply_chat_template(value, tokenize=False, **options)
+            options = {"add_special_tokens": False}
+        ids: list[int] = self.tokenizer(value, **options)["input_ids"]
+        return ids
+
+    def encode(self, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
+        """Return input_ids and labels of one completion."""
+        if isinstance(prompt, str):
+            start, full = (
+                self._ids(prompt),
+                self._ids(prompt + completion + self.tokenizer.eos_token),
+            )
+        else:
+            start = self._ids(prompt, add_generation_prompt=True)
+            full = self._ids(list(prompt) + list(completion))
+        # Where they part, not the length of the prompt: tokens may merge across the boundary.
+        same = [a == b for a, b in zip(start, full)]
+        size = same.index(False) if False in same else len(same)
+        labels = [IGNORE_INDEX] * size + full[size:]
+        return full[: self.max_length], labels[: self.max_length]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        pairs = [
+            self.encode(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in rows
+        ]
+        longest = max(len(ids) for ids, _ in pairs)
+        pad = self.tokenizer.pad_token_id
+        if pad is None:
+            pad = self.tokenizer.eos_token_id
+
+        def padded(lists: Any, value: int) -> Tensor:
+            return torch.tensor([list(x) + [value] * (longest - len(x)) for x in lists])
+
+        return {
+            "input_ids": padded((ids for ids, _ in pairs), pad),
+            "attention_mask": padded(([1] * len(ids) for ids, _ in pairs), 0),
+            "labels": padded((labels for _, labels in pairs), IGNORE_INDEX),
+        }
+
+
+class PreferenceMixin:
+    """Give a `transformers.Trainer` a preference loss: `class MyTrainer(PreferenceMixin, Trainer)`.
+
+    The data collator must produce what `PreferenceCollator` does; set remove_unused_columns=False.
+
+    Args:
+        *args, **kwargs: as `transformers.Trainer`.
+        preference: keywords of `preference_loss`, e.g. {"loss": "bce"}.
+        ref_model: a second model, frozen here; None: see `compute_loss`.
+
+    Raises:
+        ValueError: see `install_head`, `compute_loss` and `preference_loss`.
+
+    Example:
+        >>> class MyTrainer(PreferenceMixin, Trainer): ...  # doctest: +SKIP
+        >>> MyTrainer(model, args, train_dataset=rows,  # doctest: +SKIP
+        ...           data_collator=PreferenceCollator(tokenizer), preference={"loss": "lsif"})
+    """
+
+    # The loss is a mean over a batch: gradient accumulation must divide by the number of batches.
+    loss_is_scaled_for_ga: ClassVar[bool] = False
+    model: Any
+    args: Any
+    accelerator: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        preference: Mapping[str, Any] | None = None,
+        ref_model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.remove_unused_columns:
+            reject(
+                "the collator needs the columns of the dataset",
+                "remove_unused_columns=True",
+                "Set remove_unused_columns=False in TrainingArguments.",
+            )
+        self.model_accepts_loss_kwargs = False  # transformers before 5.19 reads this instead
+        self.preference = dict(preference or {})
+        self.ref_model = ref_model
+        for model in (self.model, ref_model):
+            if model is not None:
+                keep_trainable(model)
+                install_head(model)
+        if ref_model is not None:
+            ref_model.requires_grad_(False).eval().to(self.accelerator.device)
+        self._preference_metrics: dict[str, dict[str, list[float]]] = {"": {}, "eval_": {}}
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Compute the loss of a batch and keep its metrics for the next log."""
+        output = compute_loss(model, inputs, ref_model=self.ref_model, **self.preference)
+        metrics = preference_metrics(output)
+        kept = self._preference_metrics["" if model.training else "eval_"]
+        for name, value in zip(metrics, torch.stack(list(metrics.values())).tolist()):
+            kept.setdefault(name, []).append(value)
+        if not return_outputs:
+            return output.loss
+        ratios = torch.cat([output.chosen_log_ratios, output.rejected_log_ratios])
+        return output.loss, {"loss": output.loss, "log_ratios": ratios}
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the mean of the metrics since the last log, named as in `DILTrainer`."""
+        prefix = "eval_" if "eval_loss" in logs else ""
+        kept = self._preference_metrics[prefix]
+        for name, values in kept.items():
+            logs[prefix + name] = sum(values) / len(values)
+        kept.clear()
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]

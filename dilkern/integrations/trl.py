@@ -1,0 +1,572 @@
+"""`DILTrainer`: TRL's `DPOTrainer` with every loss of the registry, never holding the logits.
+
+Two methods of the parent are replaced: how reference log-probs are computed and how the loss is.
+Data preparation, PEFT, quantisation, evaluation, checkpoints and logging stay TRL's.
+
+S sequences, P pairs, L positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from torch import Tensor
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.utils import get_config_model_id, pad, use_adapter
+
+from dilkern.backends.base import BACKENDS
+from dilkern.integrations.transformers import (
+    DILOutput,
+    SequenceTerms,
+    check_packing,
+    install_head,
+    keep_trainable,
+    labels_of,
+    model_inputs,
+    score_packed,
+    sequence_terms,
+)
+from dilkern.losses import Loss, get_loss
+from dilkern.sequence_loss import PreferenceLossOutput, preference_loss, preference_metrics
+from dilkern.validation import check_choice, check_positive, reject
+
+# Options of DPOConfig that DILTrainer does not have: (name, the value that means "not asked for",
+# what to do instead).
+_FOREIGN = (
+    ("loss_weights", None, "Use sft_weight to add the likelihood of the chosen completions."),
+    ("ld_alpha", None, "Leave it out."),
+    ("f_divergence_type", "reverse_kl", "Use loss_type='fdpo_forward_kl', 'fdpo_jsd', ..."),
+    ("f_alpha_divergence_coef", 0.5, "Use loss_type='fdpo_alpha' with loss_params={'alpha': ...}."),
+    ("use_weighting", False, "Leave it out."),
+    ("discopop_tau", 0.05, "Leave it out."),
+    ("use_liger_kernel", False, "Leave it out: it replaces the forward that dilkern extends."),
+)
+
+
+@dataclass
+class DILConfig(DPOConfig):  # type: ignore[misc]
+    """`DPOConfig` with the losses of dilkern.
+
+    Args:
+        loss_type: name or alias of a loss in `dilkern.losses.LOSSES`.
+        loss_params: its own parameters, e.g. {"lam": -0.5} for "power".
+        beta, length_normalize, pairing, max_log_ratio, label_smoothing, mixture, sft_weight: see
+            `preference_loss`; None is the default of the loss (for max_log_ratio: no limit).
+        reference_free: f = log pi_theta on purpose, no reference model is loaded or run.
+        strict: raise where a log-ratio is beyond max_log_ratio.
+        padding_free: run the model on one row of all sequences without padding; results are the same.
+        backend, workspace_mib: see `linear_logps`.
+
+    Raises:
+        ValueError: an option that the loss or the trainer does not have.
+
+    Example:
+        >>> from dilkern.integrations.trl import DILConfig  # doctest: +SKIP
+        >>> DILConfig("out", loss_type="bce", beta=0.5, use_cpu=True).beta  # doctest: +SKIP
+        0.5
+    """
+
+    # Not annotated: that would make it a field.
+    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "loss_params"]  # noqa: RUF012
+
+    loss_type: str = field(  # type: ignore[assignment]
+        default="lsif", metadata={"help": "Name of the loss."}
+    )
+    loss_params: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Parameters of the loss."}
+    )
+    beta: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Temperature."}
+    )
+    length_normalize: bool | None = field(
+        default=None, metadata={"help": "Divide log-ratios by the number of completion tokens."}
+    )
+    pairing: str | None = field(default=None, metadata={"help": "pointwise or pairwise."})
+    max_log_ratio: float | None = field(
+        default=10.0, metadata={"help": "Exponentials continue linearly beyond it."}
+    )
+    mixture: float = field(default=0.0, metadata={"help": "Chosen share in the denominator."})
+    sft_weight: float | None = field(default=None, metadata={"help": "Weight of the chosen NLL."})
+    reference_free: bool = field(default=False, metadata={"help": "Use no reference."})
+    strict: bool = field(default=False, metadata={"help": "Raise beyond max_log_ratio."})
+    backend: str = field(default="auto", metadata={"help": "auto, torch or triton."})
+    workspace_mib: float = field(default=256, metadata={"help": "Temporary memory of the head."})
+
+    def __post_init__(self) -> None:
+        loss_type = self.loss_type
+        if isinstance(loss_type, (list, tuple)):
+            if len(loss_type) != 1:
+                reject(
+                    "`loss_type` must be one loss",
+                    repr(loss_type),
+                    "Use sft_weight to add the likelihood of the chosen completions.",
+                )
+            loss_type = loss_type[0]
+        entry = get_loss(loss_type, argument="loss_type")
+        super().__post_init__()
+        self.loss_type = entry.name
+        for name, neutral, remedy in _FOREIGN:
+            value = getattr(self, name, neutral)
+            if value != neutral:
+                reject(f"DILTrainer has no `{name}`", repr(value), remedy)
+        check_positive("workspace_mib", self.workspace_mib)
+        check_choice("backend", self.backend, ("auto", *BACKENDS))
+        if not entry.reference:
+            for name in ("precompute_ref_log_probs", "sync_ref_model", "reference_free"):
+                if getattr(self, name):
+                    reject(
+                        f"loss {entry.name!r} has no reference",
+                        f"{name}=True",
+                        "Leave it out, or take a loss that uses a reference.",
+                    )
+        if self.reference_free:
+            for name in ("precompute_ref_log_probs", "sync_ref_model"):
+                if getattr(self, name):
+                    reject(
+                        "`reference_free` runs no reference", f"{name}=True", "Drop one of them."
+                    )
+        if entry.baseline and self.precompute_ref_log_probs:
+            reject(
+                f"loss {entry.name!r} scores mismatched pairs, which change with every batch",
+                "precompute_ref_log_probs=True",
+                "Set precompute_ref_log_probs=False.",
+            )
+        zeros = torch.zeros(2)
+        preference_loss(  # every other rule of the loss, before anything is loaded
+            zeros,
+            torch.ones(2),
+            log_ratios=zeros if entry.reference else None,
+            kl_log_ratios=zeros if entry.baseline else None,
+            **self.loss_options(),
+        )
+
+    def loss_options(self) -> dict[str, Any]:
+        """Return the keywords of `preference_loss` that this configuration asks for."""
+        return {
+            "loss": self.loss_type,
+            "params": self.loss_params,
+            "beta": self.beta,
+            "length_normalize": self.length_normalize,
+            "pairing": self.pairing,
+            "max_log_ratio": self.max_log_ratio,
+            "label_smoothing": self.label_smoothing,
+            "mixture": self.mixture,
+            "sft_weight": self.sft_weight,
+            "strict": self.strict,
+        }
+
+
+class _NoReference(torch.nn.Module):
+    """Given to the parent as `ref_model` where no reference is needed, so that it loads none."""
+
+    class config:
+        @staticmethod
+        def get_text_config() -> None:
+            return None
+
+    def forward(self) -> None:
+        raise AssertionError("a loss without a reference asked for one")
+
+
+@dataclass
+class UnpairedCollator:
+    """Pad examples with prompt_ids, completion_ids and is_chosen, chosen ones first.
+
+    Args:
+        pad_token_id: id used for padding.
+        max_length: longer sequences lose their end.
+        pad_to_multiple_of: pad to a multiple of this.
+    """
+
+    pad_token_id: int
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        examples = sorted(examples, key=lambda example: not example["is_chosen"])
+        rows = [torch.tensor(e["prompt_ids"] + e["completion_ids"]) for e in examples]
+        masks = [
+            torch.tensor([0] * len(e["prompt_ids"]) + [1] * len(e["completion_ids"]))
+            for e in examples
+        ]
+
+        def padded(tensors: list[Tensor], value: int) -> Tensor:
+            cut = [t[: self.max_length] for t in tensors]
+            batch: Tensor = pad(
+                cut, padding_value=value, pad_to_multiple_of=self.pad_to_multiple_of
+            )
+            return batch
+
+        return {
+            "input_ids": padded(rows, self.pad_token_id),
+            "attention_mask": padded([torch.ones_like(row) for row in rows], 0),
+            "completion_mask": padded(masks, 0),
+            "is_chosen": torch.tensor([bool(e["is_chosen"]) for e in examples]),
+        }
+
+
+def _is_unpaired(dataset: Any) -> bool:
+    if dataset is None:
+        return False
+    columns = next(iter(dataset))
+    return {"label", "completion"} <= set(columns) or "completion_ids" in columns
+
+
+def _rotated(
+    inputs: dict[str, Any], pad_token_id: int, max_length: int | None
+) -> dict[str, Tensor]:
+    """Pair each prompt with the completion of the next row: KTO's mismatched pairs."""
+    ids, completion = inputs["input_ids"], inputs["completion_mask"] == 1
+    prompt = (inputs["attention_mask"] == 1) & ~completion
+    size = ids.shape[0]
+    rows, masks = [], []
+    for i in range(size):
+        head, tail = ids[i][prompt[i]], ids[(i + 1) % size][completion[(i + 1) % size]]
+        rows.append(torch.cat([head, tail])[:max_length])
+        masks.append(torch.cat([torch.zeros_like(head), torch.ones_like(tail)])[:max_length])
+    return {
+        "input_ids": pad(rows, padding_value=pad_token_id),
+        "attention_mask": pad([torch.ones_like(row) for row in rows], padding_value=0),
+        "completion_mask": pad(masks, padding_value=0),
+    }
+
+
+class DILTrainer(DPOTrainer):  # type: ignore[misc]
+    """TRL's `DPOTrainer` with the losses of dilkern and its memory.
+
+    Everything that `DPOTrainer` takes works here: full, LoRA and QLoRA training, evaluation, resume,
+    precomputed reference log-probs. Unpaired datasets (columns prompt, completion, label) work with
+    pointwise losses: chosen and rejected are each averaged over their own count of the batch of all
+    ranks; a batch without one kind has that term 0.
+
+    Args:
+        model, ref_model, **kwargs: as `DPOTrainer`. Losses without a reference load none. A dataset
+            with columns ref_chosen_logps and ref_rejected_logps (summed log-probs) needs none either.
+        args: a `DILConfig`.
+
+    Raises:
+        ValueError: options or data that do not fit the loss.
+
+    Example:
+        >>> from dilkern.integrations.trl import DILConfig, DILTrainer  # doctest: +SKIP
+        >>> trainer = DILTrainer(  # doctest: +SKIP
+        ...     "Qwen/Qwen3-0.6B", args=DILConfig("out", loss_type="lsif"), train_dataset=dataset
+        ... )
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    args: Any
+    model: Any
+    _signature_columns: Any
+    _tag_names = ["trl", "dil", "dilkern"]  # noqa: RUF012
+    _name = "DIL"
+    _paper = {  # noqa: RUF012
+        "title": "On a Connection Between Imitation Learning and RLHF",
+        "id": "2503.05079",
+    }
+
+    def __init__(
+        self, model: Any, ref_model: Any = None, args: DILConfig | None = None, **kwargs: Any
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = DILConfig(f"{name.rstrip('/').split('/')[-1]}-DIL")
+        if not isinstance(args, DILConfig):
+            reject("`args` must be a DILConfig", type(args).__name__, "Build a DILConfig.")
+        dataset = kwargs.get("train_dataset")
+        if dataset is None:
+            reject("`train_dataset` is required", "none", "Pass a preference dataset.")
+        entry = get_loss(args.loss_type)
+        # Before the parent's __init__, which may call `compute_ref_log_probs`.
+        self._loss: Loss = entry
+        self._loss_options = args.loss_options()
+        self._unpaired = _is_unpaired(dataset)
+        given = not self._unpaired and "ref_chosen_logps" in next(iter(dataset))
+        self._needs_reference = entry.reference and not args.reference_free and not given
+        self._check(entry, args, ref_model, given, kwargs)
+        if self._unpaired and kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = self._unpaired_collator(model, args, kwargs)
+        if not self._needs_reference:
+            ref_model = _NoReference()
+        self._packed = args.padding_free
+        self._checked: set[int] = set()
+        args.padding_free = False  # the parent warns that it cannot; we can
+        try:
+            super().__init__(model, ref_model=ref_model, args=args, **kwargs)
+        finally:
+            args.padding_free = self._packed
+        if not self._needs_reference:
+            self.ref_model = None
+        self._install(self.model)
+
+    def _check(
+        self, entry: Loss, args: DILConfig, ref_model: Any, given: bool, kwargs: dict[str, Any]
+    ) -> None:
+        if ref_model is not None and not self._needs_reference:
+            why = (
+                "the dataset brings ref_chosen_logps" if given else f"loss {entry.name!r} uses none"
+            )
+            reject("`ref_model` must be left out", f"a ref_model, but {why}", "Drop one of them.")
+        if given and args.precompute_ref_log_probs:
+            reject(
+                "reference log-probs are either in the dataset or precomputed",
+                "columns ref_chosen_logps and precompute_ref_log_probs=True",
+                "Remove the columns, or set precompute_ref_log_probs=False.",
+            )
+        if given and entry.baseline:
+            reject(
+                f"loss {entry.name!r} scores mismatched pairs, which change with every batch",
+                "a dataset with ref_chosen_logps",
+                "Remove these columns.",
+            )
+        if self._unpaired and (args.pairing or entry.pairing) == "pairwise":
+            reject(
+                f"loss {entry.name!r} with pairwise pairing needs pairs",
+                "an unpaired dataset (prompt, completion, label)",
+                "Use prompt, chosen and rejected, or a pointwise loss such as 'lsif'.",
+            )
+        if self._unpaired and args.precompute_ref_log_probs:
+            reject(
+                "precompute_ref_log_probs needs a paired dataset",
+                "an unpaired dataset (prompt, completion, label)",
+                "Set precompute_ref_log_probs=False.",
+            )
+        evals = kwargs.get("eval_dataset")
+        for dataset in evals.values() if isinstance(evals, dict) else [evals]:
+            if dataset is not None and _is_unpaired(dataset) != self._unpaired:
+                reject(
+                    "train and eval dataset must both be paired or both unpaired",
+                    "one of each",
+                    "Convert one of them.",
+                )
+        if entry.baseline:
+            for name, size in (
+                ("train_dataset", args.per_device_train_batch_size),
+                ("eval_dataset", args.per_device_eval_batch_size),
+            ):
+                data = kwargs.get(name)
+                rest = len(data) % size if isinstance(data, Dataset) else 0
+                if data is not None and (size < 2 or (rest == 1 and not args.dataloader_drop_last)):
+                    reject(
+                        f"loss {entry.name!r} needs batches of at least 2 examples, to mismatch them",
+                        f"{name}: batches of {size}, the last of {rest or size}",
+                        "Raise the batch size, or set dataloader_drop_last=True.",
+                    )
+
+    def _unpaired_collator(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        processing_class = kwargs.get("processing_class")
+        if processing_class is None:
+            from transformers import AutoTokenizer
+
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            processing_class = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=args.trust_remote_code
+            )
+            kwargs["processing_class"] = processing_class
+        if processing_class.pad_token is None:
+            processing_class.pad_token = processing_class.eos_token
+        return UnpairedCollator(
+            processing_class.pad_token_id, args.max_length, args.pad_to_multiple_of
+        )
+
+    @property
+    def tokens_trained(self) -> int:
+        """Tokens of this run's batches on all ranks, prompts included, padding not."""
+        return int(self._total_train_tokens)
+
+    def _install(self, model: Any) -> None:
+        model = self.accelerator.unwrap_model(model)
+        keep_trainable(model)
+        install_head(model, backend=self.args.backend, workspace_mib=self.args.workspace_mib)
+        if self._packed and id(model) not in self._checked:
+            with self.accelerator.autocast():
+                check_packing(model)
+            self._checked.add(id(model))
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
+        if not self._unpaired:
+            prepared = super()._prepare_dataset(dataset, processing_class, args, name)
+        elif "completion_ids" in next(iter(dataset)):
+            prepared = dataset
+        else:
+            # One row as a pair of equals: tokenization has one implementation, the parent's.
+            dataset = dataset.map(
+                lambda row: {
+                    "chosen": row["completion"],
+                    "rejected": row["completion"],
+                    "is_chosen": bool(row["label"]),
+                }
+            )
+            prepared = super()._prepare_dataset(dataset, processing_class, args, name)
+            prepared = prepared.rename_column("chosen_ids", "completion_ids")
+            prepared = prepared.remove_columns("rejected_ids")
+        if isinstance(prepared, Dataset) and len(prepared) == 0:
+            reject(
+                f"some prompt of the {name} dataset must be shorter than max_length={args.max_length}",
+                f"{len(dataset)} longer ones",
+                "Raise max_length, or shorten the prompts.",
+            )
+        return prepared
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        extra = {"completion_ids", "is_chosen"} - set(self._signature_columns)
+        self._signature_columns += sorted(extra)
+
+    def _score(self, model: Any, inputs: dict[str, Any], labels: Tensor, **extra: Any) -> DILOutput:
+        if self._packed:
+            return score_packed(model, inputs, labels, **extra)
+        output: DILOutput = model(**model_inputs(inputs), labels=labels, dil_head=True, **extra)
+        # Prompt tuning puts virtual tokens in front.
+        assert output.token_logps is not None
+        output.token_logps = output.token_logps[:, -labels.shape[1] :]
+        return output
+
+    def _ref_token_logps(self, model: Any, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        """Score a batch under the reference: a second model, the "ref" adapter, or no adapter."""
+        adapter: Any = contextlib.nullcontext()
+        if self.ref_model is None and is_peft_model(self.accelerator.unwrap_model(self.model)):
+            policy = self.accelerator.unwrap_model(self.model)
+            adapter = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
+        self._install(model)
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            adapter,
+            self.accelerator.autocast(),
+        ):
+            token_logps = self._score(model, inputs, labels).token_logps
+        assert token_logps is not None
+        return token_logps
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Return the reference's summed log-probs (P,) of chosen and of rejected completions."""
+        token_logps = self._ref_token_logps(model, inputs, labels_of(inputs))
+        return token_logps.sum(1).chunk(2)
+
+    def _terms(
+        self, token_logps: Tensor, inputs: dict[str, Any], labels: Tensor, ref: Tensor | None
+    ) -> SequenceTerms:
+        if ref is not None:
+            return sequence_terms(token_logps, labels, ref_token_logps=ref)
+        ref_logps = None
+        if self._loss.reference and not self.args.reference_free:
+            ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        terms = sequence_terms(token_logps, labels, ref_logps=ref_logps)
+        if self._loss.reference and self.args.reference_free:
+            terms = terms._replace(log_ratios=terms.logps)
+        return terms
+
+    def _kl_log_ratios(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Score mismatched pairs under policy and reference, for KTO's baseline; all ranks' values."""
+        rotated = _rotated(inputs, self._tokenizer.pad_token_id, self.args.max_length)
+        labels = labels_of(rotated)
+        with torch.no_grad():
+            logps = self._score(model, rotated, labels).token_logps
+            assert logps is not None
+            if not self.args.reference_free:
+                scorer = self.ref_model if self.ref_model is not None else self.model
+                logps = logps - self._ref_token_logps(scorer, rotated, labels)
+            gathered: Tensor = self.accelerator.gather(logps.sum(1).mean())
+        return gathered
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        mode = "train" if self.model.training else "eval"
+        labels = labels_of(inputs)
+        ref = None
+        if self._needs_reference and "ref_chosen_logps" not in inputs:
+            # Before the policy, whose activations then do not lie beside it.
+            scorer = self.ref_model if self.ref_model is not None else self.model
+            ref = self._ref_token_logps(scorer, inputs, labels)
+        options = dict(self._loss_options)
+        if self._loss.baseline:
+            options["kl_log_ratios"] = self._kl_log_ratios(model, inputs)
+        aux = getattr(self, "aux_loss_enabled", False)
+        outputs = self._score(
+            model, inputs, labels, **({"output_router_logits": True} if aux else {})
+        )
+        assert outputs.token_logps is not None
+        terms = self._terms(outputs.token_logps, inputs, labels, ref)
+        if "is_chosen" in inputs:
+            output = self._unpaired_loss(terms, inputs["is_chosen"], options)
+        else:
+            output = preference_loss(
+                terms.logps, terms.lengths, log_ratios=terms.log_ratios, **options
+            )
+        loss = output.loss
+        metrics = self._gathered_metrics(output)
+        if "kl_log_ratios" in options:
+            metrics["kl"] = options["kl_log_ratios"].mean().clamp(min=0).item()
+        if aux and outputs.aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+            metrics["aux_loss"] = self.accelerator.gather(outputs.aux_loss.detach()).mean().item()
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+        if mode == "train":
+            count = self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
+            self._total_train_tokens += count // getattr(self, "_tp_size", 1)
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        if return_outputs:  # compute_metrics and predict() ask for logits
+            with torch.no_grad():
+                return loss, model(**model_inputs(inputs))
+        return loss
+
+    def _unpaired_loss(
+        self, terms: SequenceTerms, is_chosen: Tensor, options: dict[str, Any]
+    ) -> PreferenceLossOutput:
+        """The loss of single completions, each kind averaged over its count on all ranks."""
+        logps, lengths, log_ratios = terms
+        weights = None
+        if self.accelerator.num_processes > 1:
+            valid = lengths > 0
+            local = torch.stack([(valid & is_chosen).sum(), (valid & ~is_chosen).sum()]).float()
+            if self._loss.joint_mean:
+                local = local.sum().expand(2)
+            total = self.accelerator.reduce(local.clone(), "sum")
+            # Ranks are averaged: mean over ranks of (rank's sum / rank's count) * this = global mean.
+            factor = local * self.accelerator.num_processes / total.clamp(min=1)
+            weights = torch.where(is_chosen, factor[0], factor[1])
+        # An empty sequence of each kind carries no weight and lets a batch have one kind only.
+        two = logps.new_zeros(2)
+        return preference_loss(
+            torch.cat([logps, two]),
+            torch.cat([lengths, two]),
+            log_ratios=None if log_ratios is None else torch.cat([log_ratios, two]),
+            is_chosen=torch.cat([is_chosen, is_chosen.new_tensor([True, False])]),
+            weights=None if weights is None else torch.cat([weights, two]),
+            **options,
+        )
+
+    def _gathered_metrics(self, output: PreferenceLossOutput) -> dict[str, float]:
+        """Metrics over the sequences of all ranks, one sync; what has no sequence is left out."""
+        o = output._asdict()
+        for side in ("chosen", "rejected"):
+            names = [name for name in o if name.startswith(f"{side}_")]
+            table = torch.stack(
+                [o[name].float() for name in names] + [torch.ones_like(o[names[0]])], 1
+            )
+            if self.accelerator.num_processes > 1:
+                table = self.accelerator.pad_across_processes(table)
+                table = self.accelerator.gather(table)
+            table = table[table[:, -1] > 0]
+            if self._unpaired:
+                table = table[table[:, names.index(f"{side}_lengths")] > 0]
+            o.update(zip(names, table[:, :-1].unbind(1)))
+        o["clip_fraction"] = self.accelerator.gather(o["clip_fraction"]).mean()
+        metrics = preference_metrics(PreferenceLossOutput(**o))
+        if self._unpaired:
+            metrics.pop("rewards/accuracies", None)
+        values = torch.stack([value.float() for value in metrics.values()]).tolist()
+        empty = {s for s in ("chosen", "rejected") if o[f"{s}_logps"].numel() == 0}
+        return {
+            name: value
+            for name, value in zip(metrics, values)
+            if not any(kind in name for kind in empty) and not (empty and "margins" in name)
+        }

@@ -1,0 +1,43 @@
+"""One thread, no network, and the warnings of third parties that we cannot mend."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import pytest
+
+for _package in ("transformers", "trl", "peft", "datasets", "accelerate"):
+    pytest.importorskip(_package)
+
+# Each with its origin; anything else is an error (pyproject.toml).
+THIRD_PARTY_WARNINGS = (
+    # TRL's own use of names that transformers renamed; the category is FutureWarning or UserWarning.
+    "ignore:.*gradient_checkpointing.* is deprecated",
+    # accelerate / torch DataLoader on a machine without a GPU.
+    "ignore:.*pin_memory.*:UserWarning",
+    # peft, about its own conversion of LoRA for fused experts.
+    "ignore:The following .*_pattern keys:RuntimeWarning",
+)
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).resolve().parent
+    for item in items:
+        if here in Path(item.path).parents:
+            for warning in THIRD_PARTY_WARNINGS:
+                item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,56 @@
+"""One rank of test_distributed.py: train, then write losses and weights. Run by torchrun."""
+
+import json
+import sys
+
+import tiny_models as tiny
+import torch
+from peft import LoraConfig
+
+from dilkern.integrations.trl import DILConfig, DILTrainer
+
+KINDS = ("full", "lora", "unpaired")
+
+
+def run(kind, folder, out, batch):
+    torch.manual_seed(0)
+    args = DILConfig(
+        out,
+        loss_type="bce" if kind == "unpaired" else "lsif",
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        learning_rate=0.1,
+        optim="sgd",  # Adam turns rounding of near-zero gradients into whole steps
+        max_steps=3,
+        per_device_train_batch_size=batch,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        gradient_checkpointing=kind == "lora",
+    )
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = DILTrainer(
+        folder,
+        args=args,
+        train_dataset=tiny.unpaired(24) if kind == "unpaired" else tiny.dataset(16),
+        processing_class=tiny.tokenizer(),
+        peft_config=adapter if kind == "lora" else None,
+    )
+    trainer.train()
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        torch.save(weights, f"{out}/weights.pt")
+        with open(f"{out}/log.json", "w") as file:
+            json.dump(trainer.state.log_history, file)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, out, batch = sys.argv[1:]
+    for kind in KINDS:
+        run(kind, folder, f"{out}/{kind}", int(batch))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

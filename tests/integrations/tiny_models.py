@@ -1,0 +1,114 @@
+"""Small models of real architectures and a tokenizer trained on the spot, for the trainer tests."""
+
+import functools
+
+import torch
+from datasets import Dataset
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+NOUNS = ["river", "engine", "garden", "letter", "window", "teacher", "planet", "bridge"]
+
+
+def pairs(count=16, conversational=True):
+    """Preference pairs as rows: prompt, chosen, rejected."""
+    rows = []
+    for i in range(count):
+        noun, other = NOUNS[i % 8], NOUNS[(3 * i + 1) % 8]
+        texts = (
+            f"What is a {noun} number {i}?",
+            f"A {noun} is close to a {other}, and I am glad to say more about it.",
+            f"No idea, look up {other} yourself." + " Really." * (i % 3),
+        )
+        if conversational:
+            roles = ("user", "assistant", "assistant")
+            texts = tuple([{"role": r, "content": t}] for r, t in zip(roles, texts))
+        rows.append(dict(zip(("prompt", "chosen", "rejected"), texts)))
+    return rows
+
+
+def dataset(count=16, conversational=True):
+    return Dataset.from_list(pairs(count, conversational))
+
+
+def unpaired(count=16):
+    rows = []
+    for i, row in enumerate(pairs(count)):
+        kind = "chosen" if i % 3 else "rejected"
+        rows.append({"prompt": row["prompt"], "completion": row[kind], "label": kind == "chosen"})
+    return Dataset.from_list(rows)
+
+
+@functools.cache
+def tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    text = [row[k] for row in pairs(64, False) for k in row]
+    raw.train_from_iterator(
+        text,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    result = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|end|>", pad_token="<pad>", model_max_length=256
+    )
+    result.chat_template = TEMPLATE
+    return result
+
+
+def build(family="llama", seed=0, **overrides):
+    """A two-layer model of `family` over the vocabulary of `tokenizer()`, fp32, on CPU."""
+    import transformers
+
+    common = {
+        "vocab_size": len(tokenizer()),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "pad_token_id": tokenizer().pad_token_id,
+        "eos_token_id": tokenizer().eos_token_id,
+        "bos_token_id": None,
+    }
+    own = {
+        "llama": ("Llama", {}),
+        "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
+        "gemma2": ("Gemma2", {"final_logit_softcapping": 5.0, "attn_implementation": "eager"}),
+        "granite": ("Granite", {"logits_scaling": 4.0}),
+        "cohere": ("Cohere", {"logit_scale": 0.25}),
+        "qwen3_moe": (
+            "Qwen3Moe",
+            {
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                "router_aux_loss_coef": 0.1,
+                "output_router_logits": True,
+            },
+        ),
+    }
+    name, special = own[family]
+    config = getattr(transformers, f"{name}Config")(**{**common, **special, **overrides})
+    torch.manual_seed(seed)
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+def save(folder, family="llama", **overrides):
+    """Write model and tokenizer to `folder` and return its path as text."""
+    build(family, **overrides).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
