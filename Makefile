@@ -49,6 +49,19 @@ aot: install
 fuzz: install
 	TRITON_INTERPRET=1 $(BIN)/pytest -m fuzz tests/kernels
 
+# Side by side with the rivals on this CPU, 10 minutes on a quiet machine of 2 cores. A status of 75
+# says that the time was up before every row was measured; what is there is plotted.
+bench: install
+	$(BIN)/python -m benchmarks.cpu_claim
+	$(BIN)/python -m benchmarks.run --device cpu --cases cpu --budget 330 || test $$? -eq 75
+	$(BIN)/python -m benchmarks.end_to_end --rounds 5
+	$(BIN)/python -m benchmarks.plot
+
+# On a GPU, without network: each call stays under 8 minutes; repeat until it exits with 0.
+bench-gpu: install
+	$(BIN)/python -m benchmarks.run --device cuda --cases gpu --budget 420
+	$(BIN)/python -m benchmarks.end_to_end --device cuda
+
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

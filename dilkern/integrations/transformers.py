@@ -15,20 +15,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
-from dilkern.lm_head import DenseHead, Head
+from dilkern.lm_head import LMHead
+from dilkern.lm_head.modules import unwrap
 from dilkern.logps import linear_logps
 from dilkern.losses import get_loss
 from dilkern.sequence_loss import PreferenceLossOutput, preference_loss, preference_metrics
 from dilkern.validation import reject
 
 IGNORE_INDEX = -100
-
-# Config names of a factor on the logits. Granite and MiniCPM3 divide; HyperCLOVA X multiplies, which
-# the probe would otherwise refuse.
-_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 
 
 @dataclass
@@ -39,72 +36,10 @@ class DILOutput(ModelOutput):  # type: ignore[misc]
     aux_loss: Tensor | None = None  # 0-d, load-balancing loss of MoE models
 
 
-class HeadSpec(NamedTuple):
-    """How logits follow from hidden states: softcap * tanh(scale * (W h + b) / softcap)."""
-
-    scale: float = 1.0
-    softcap: float = 0.0
-
-    def build(self, module: Any) -> Head:
-        """Return the head over the weights that `module` has at this moment."""
-        if hasattr(module, "base_layer"):
-            reject(
-                "the output embedding must not carry a LoRA adapter: it would not be trained",
-                type(module).__name__,
-                "Take 'lm_head' out of `target_modules`, or train it whole with modules_to_save.",
-            )
-        weight, bias = module.weight, getattr(module, "bias", None)
-        if hasattr(weight, "full_tensor"):  # FSDP2: the gradient is an average over ranks
-            from torch.distributed.tensor import Partial
-
-            weight, bias = (
-                t if t is None else t.full_tensor(grad_placements=[Partial("avg")])
-                for t in (weight, bias)
-            )
-        return DenseHead(weight, bias, scale=self.scale, softcap=self.softcap)
-
-
 class _Installed(NamedTuple):
-    spec: HeadSpec
+    head: LMHead
     backend: str
     workspace_mib: float
-
-
-def innermost(model: Any) -> Any:
-    """Return the causal LM inside DDP, torch.compile and PEFT wrappers."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
-
-
-def _probe(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the last hidden layer and the logits of one forward."""
-    seen: list[Tensor] = []
-    modes = [(module, module.training) for module in model.modules()]
-    devices = [ids.device] if ids.device.type == "cuda" else []
-    hook = model.base_model.register_forward_hook(lambda _, args, output: seen.append(output[0]))
-    # In training mode, because bitsandbytes repacks 4-bit weights on some CPUs in eval mode, for good
-    # and without a gradient. Dropout is the same for both results, and the generator is restored.
-    model.train()
-    try:
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(devices),
-            torch.autocast(ids.device.type, enabled=False),
-        ):
-            # The class's own forward: accelerate may have put autocast around the instance's.
-            logits = type(model).forward(model, input_ids=ids, use_cache=False).logits
-    finally:
-        hook.remove()
-        for module, training in modes:
-            module.training = training
-    return seen[0], logits
 
 
 def keep_trainable(model: Any) -> None:
@@ -116,50 +51,6 @@ def keep_trainable(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def _config_spec(config: Any) -> HeadSpec:
-    found = [v for v in (getattr(config, name, None) for name in _FACTORS) if v is not None]
-    divisor = getattr(config, "logits_scaling", None)
-    if divisor is not None:
-        found.append(divisor if config.model_type == "hyperclovax" else 1 / divisor)
-    softcap = getattr(config, "final_logit_softcapping", None) or 0.0
-    return HeadSpec(float(found[0]) if found else 1.0, float(softcap))
-
-
-def probe_and_spec(model: Any) -> HeadSpec:
-    """Read the logit transform from the config and verify it on four tokens.
-
-    Raises:
-        ValueError: the model has no separate backbone and head, or its logits are not what scale,
-            bias and softcap make of the last hidden layer.
-    """
-    module = model.get_output_embeddings()
-    if module is None or model.base_model is model:
-        reject(
-            "the model must be a causal LM with a backbone and an output embedding",
-            type(model).__name__,
-            "Load it with AutoModelForCausalLM.",
-        )
-    spec = _config_spec(model.config.get_text_config())
-    head = spec.build(module)
-    weight = head.tensors()[0]
-    if weight.is_meta:  # ranks that receive their weights later; the rank that has them probes
-        return spec
-    ids = torch.arange(4, device=weight.device).unsqueeze(0) % head.vocab_size
-    hidden, want = _probe(model, ids)
-    with torch.no_grad():
-        have = module(hidden.to(weight.device)).float() * spec.scale
-    if spec.softcap:
-        have = spec.softcap * torch.tanh(have / spec.softcap)
-    error, size = (have - want.to(have)).abs().max().item(), want.abs().max().item()
-    if not error <= (1e-4 if weight.dtype is torch.float32 else 3e-2) * max(size, 1e-6):
-        reject(
-            "the logits must be softcap * tanh(scale * (W h + b) / softcap) of the last hidden layer",
-            f"{type(model).__name__}, off by {error:.3g} of {size:.3g} with {spec}",
-            "This head is not known to dilkern; please report the model.",
-        )
-    return spec
 
 
 def _aux_loss(config: Any, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
@@ -182,13 +73,14 @@ def _score(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DILOutp
     if getattr(config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
     outputs = model.base_model(*args, **kwargs)
-    # Looked up at each call: FSDP and PEFT replace the weight.
-    head = installed.spec.build(model.get_output_embeddings())
-    device = head.tensors()[0].device
+    hidden_states = outputs.last_hidden_state
+    device = next(model.get_output_embeddings().parameters()).device
+    if device.type != "cpu":  # a model spread over GPUs; an offloaded head is streamed instead
+        hidden_states = hidden_states.to(device)
     token_logps = linear_logps(
-        outputs.last_hidden_state.to(device),
-        head,
-        labels.to(device),
+        hidden_states,
+        installed.head,
+        labels.to(hidden_states.device),
         shift=True,
         ignore_index=IGNORE_INDEX,
         backend=installed.backend,
@@ -212,14 +104,14 @@ def install_head(model: Any, *, backend: str = "auto", workspace_mib: float = 25
         backend, workspace_mib: see `linear_logps`.
 
     Raises:
-        ValueError: the head of the model is not known (see `probe_and_spec`).
+        ValueError: the head of the model is not known (see `LMHead.from_model`).
     """
-    model = innermost(model)
+    model = unwrap(model)
     installed = getattr(model, "_dil_head", None)
     if installed is not None:
         model._dil_head = installed._replace(backend=backend, workspace_mib=workspace_mib)
         return
-    model._dil_head = _Installed(probe_and_spec(model), backend, workspace_mib)
+    model._dil_head = _Installed(LMHead.from_model(model), backend, workspace_mib)
     # What stood on the instance (device hooks of accelerate, other patches). Kept on the instance and
     # not in a closure: deepcopy then binds it to the copy.
     model._dil_previous = model.__dict__.get("forward")
@@ -243,7 +135,7 @@ def remove_head(model: Any) -> None:
     Raises:
         ValueError: something else has wrapped `forward` since.
     """
-    model = innermost(model)
+    model = unwrap(model)
     if getattr(model, "_dil_head", None) is None:
         return
     if model.__dict__.get("forward") != model._dil_forward:
@@ -353,7 +245,7 @@ def check_packing(model: Any) -> None:
     if not error <= (3e-2 if narrow else 1e-4) * size:
         reject(
             "padding_free needs a model whose attention keeps packed sequences apart",
-            f"{type(innermost(model)).__name__}, log-probs off by {error:.3g} of {size:.3g}",
+            f"{type(unwrap(model)).__name__}, log-probs off by {error:.3g} of {size:.3g}",
             "Set padding_free=False, or load it with attn_implementation='sdpa'.",
         )
 

@@ -57,7 +57,8 @@ class LMHead(HeadSource):
 
         One forward of 4 tokens runs the model with its last hidden states replaced, two of them
         scaled up until a softcap shows, and compares its logits with those of the head under every
-        transform that the config suggests. With sharded weights every rank must call it.
+        transform that the config suggests. With sharded weights every rank must call it; on weights
+        that are still on the meta device the config is taken at its word.
 
         Args:
             model: a causal LM, also inside PEFT, DDP or torch.compile wrappers.
@@ -76,6 +77,14 @@ class LMHead(HeadSource):
                 "the model must have an lm_head and a backbone under it",
                 f"{name_of(causal)} with get_output_embeddings() = {type(embeddings).__name__}",
                 "Pass a transformers causal LM, or `as_head(...)` of its head.",
+            )
+        if any(p.device.type == "meta" for p in embeddings.parameters()):
+            # A rank that receives its weights later; the rank that has them probes.
+            scale, softcap = _declared(causal.config)
+            return cls(
+                causal.get_output_embeddings,
+                scale=scale / temperature,
+                softcap=softcap / temperature,
             )
         hidden, want = _probe(causal, backbone, embeddings)
         plain = as_head(embeddings)
@@ -115,6 +124,19 @@ def _candidates(config: Any) -> list[tuple[float, float]]:
         if value:
             softcaps.add(float(value))
     return sorted(product(scales, softcaps))
+
+
+def _declared(config: Any) -> tuple[float, float]:
+    """Return (scale, softcap) as the config's model type applies them, for want of a probe."""
+    text = config.get_text_config()
+    scale = 1.0
+    for name in SCALE_NAMES:
+        value = getattr(text, name, None)
+        if value:
+            divides = name == "logits_scaling" and text.model_type != "hyperclovax"
+            scale *= 1 / float(value) if divides else float(value)
+    softcap = next((v for v in (getattr(text, n, None) for n in SOFTCAP_NAMES) if v), 0.0)
+    return scale, float(softcap)
 
 
 def _error(raw: Tensor, want: Tensor, scale: float, softcap: float) -> float:

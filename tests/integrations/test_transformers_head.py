@@ -9,9 +9,9 @@ import torch
 from dilkern.integrations.transformers import (
     compute_loss,
     install_head,
-    probe_and_spec,
     remove_head,
 )
+from dilkern.lm_head import LMHead
 
 FAMILIES = ("llama", "qwen3", "gemma2", "granite", "cohere", "qwen3_moe")
 
@@ -54,10 +54,15 @@ def test_token_logps_and_gradients_equal_full_logits(family):
             )
 
 
-def test_probe_reads_the_transform():
-    assert probe_and_spec(tiny.build("gemma2")).softcap == 5.0
-    assert probe_and_spec(tiny.build("granite")).scale == 0.25
-    assert probe_and_spec(tiny.build("cohere")).scale == 0.25
+@pytest.mark.parametrize(
+    "family, scale, softcap",
+    [("llama", 1.0, 0.0), ("gemma2", 1.0, 5.0), ("granite", 0.25, 0.0), ("cohere", 0.25, 0.0)],
+)
+def test_weights_that_arrive_later_leave_the_transform_to_the_config(family, scale, softcap):
+    model = tiny.build(family)
+    for there in (True, False):
+        head = LMHead.from_model(model if there else model.to("meta"))
+        assert (head.scale, head.softcap) == (scale, softcap)
 
 
 def test_probe_refuses_an_unknown_transform():
@@ -70,7 +75,7 @@ def test_probe_refuses_an_unknown_transform():
             return out
 
     model.__class__ = Odd
-    with pytest.raises(ValueError, match="not known to dilkern"):
+    with pytest.raises(ValueError, match="under a known scale and softcap"):
         install_head(model)
 
 
@@ -138,12 +143,24 @@ def test_nothing_scored_is_a_differentiable_zero():
     assert all(float(p.grad.abs().sum()) == 0 for p in model.parameters() if p.grad is not None)
 
 
-def test_lora_on_the_head_is_refused():
+def test_lora_on_the_head_is_trained():
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="must not carry a LoRA adapter"):
-        install_head(get_peft_model(tiny.build(), config))
+    model, batch = get_peft_model(tiny.build(), config), a_batch()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    full_logps(model, batch).sum().backward()
+    adapters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    want = {name: p.grad.clone() for name, p in adapters.items()}
+    model.zero_grad()
+    install_head(model)
+    model(**batch, dil_head=True).token_logps.sum().backward()
+    assert len(want) == 2
+    for name, parameter in adapters.items():
+        torch.testing.assert_close(parameter.grad, want[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_modules_to_save_trains_the_copy_and_the_reference_keeps_the_original():
