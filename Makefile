@@ -55,7 +55,7 @@ bench: install
 	$(BIN)/python -m benchmarks.cpu_claim
 	$(BIN)/python -m benchmarks.run --device cpu --cases cpu --budget 330 || test $$? -eq 75
 	$(BIN)/python -m benchmarks.end_to_end --rounds 5
-	$(BIN)/python -m benchmarks.plot
+	$(BIN)/python -m benchmarks.plot "$$(ls -t benchmarks/results/cpu/*.csv | head -1)"
 
 # On a GPU, without network: each call stays under 8 minutes; repeat until it exits with 0.
 bench-gpu: install
