@@ -227,8 +227,12 @@ def test_auto_stays_with_torch_on_cpu_and_fp64_is_refused():
         base.resolve("triton", torch.device("mps"))
 
 
-def test_tf32_only_where_pytorch_allows_it(monkeypatch):
+def test_tf32_only_where_pytorch_allows_it():
     assert configs.input_precision(torch.float32) == "ieee"
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    assert configs.input_precision(torch.float32) == "tf32"
-    assert configs.input_precision(torch.bfloat16) == "ieee"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert configs.input_precision(torch.float32) == "tf32"
+        assert configs.input_precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert configs.input_precision(torch.float32) == "ieee"
