@@ -189,7 +189,7 @@ def _describe(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], tuple[st
             signature[name] = kinds.get(name, "*fp32")
         else:
             signature[name] = "fp32" if name in floats else "i32"
-    skip = {*floats, "n", "v", "start", "tiles", "store_p", "rescale", "sequences", "numel"}
+    skip = {*floats, "n", "v", "start", "tiles", "store_p", "rescale", "numel"}
     skip |= {"blocksize", "nested_blocksize", "packed_ptr"}
     aligned = tuple(name for name in kernel.arg_names if name not in skip and name not in constants)
     return kernel, signature, constants, aligned, row

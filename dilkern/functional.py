@@ -13,11 +13,14 @@ from torch import Tensor, nn
 
 from dilkern.logps import linear_logps
 from dilkern.losses import Loss, get_loss
+from dilkern.pointwise import pointwise_loss, serves
 from dilkern.sequence_loss import (
     DILLossOutput,
     PreferenceLossOutput,
+    check_per_sequence,
     check_sequences,
     preference_loss,
+    settle,
     sum_per_sequence,
 )
 from dilkern.validation import (
@@ -183,6 +186,10 @@ def fused_preference_loss(
     _check_reference(
         entry, labels, num_sequences, ref_logps, ref_hidden_states, ref_lm_head, reference_free
     )
+    settings = settle(
+        entry, params, beta, length_normalize, pairing, max_log_ratio, label_smoothing, mixture,
+        sft_weight,
+    )  # fmt: skip
     if shift:
         labels = _first_labels_ignored(labels, cu_seqlens, ignore_index)
     scored = labels != ignore_index
@@ -194,11 +201,17 @@ def fused_preference_loss(
         )  # fmt: skip
 
     token_logps = score(hidden_states, lm_head)
-    logps = sum_per_sequence(token_logps, cu_seqlens)
-    lengths = sum_per_sequence(scored.to(token_logps.dtype), cu_seqlens)
     if ref_hidden_states is not None:
         with torch.no_grad():
             ref_logps = score(ref_hidden_states, lm_head if ref_lm_head is None else ref_lm_head)
+    if serves(settings, backend, token_logps) and kl_log_ratios is None:
+        check_per_sequence(num_sequences, weights=weights)
+        return pointwise_loss(
+            token_logps, scored, settings, cu_seqlens=cu_seqlens, ref_logps=ref_logps,
+            is_chosen=is_chosen, weights=weights, counts=counts, strict=strict,
+        )  # fmt: skip
+    logps = sum_per_sequence(token_logps, cu_seqlens)
+    lengths = sum_per_sequence(scored.to(token_logps.dtype), cu_seqlens)
     log_ratios: Tensor | None = None
     if reference_free:
         log_ratios = logps
@@ -212,7 +225,7 @@ def fused_preference_loss(
         logps, lengths, log_ratios=log_ratios, loss=entry, params=params, is_chosen=is_chosen,
         beta=beta, length_normalize=length_normalize, pairing=pairing, max_log_ratio=max_log_ratio,
         label_smoothing=label_smoothing, mixture=mixture, weights=weights, sft_weight=sft_weight,
-        kl_log_ratios=kl_log_ratios, strict=strict,
+        kl_log_ratios=kl_log_ratios, counts=counts, strict=strict,
     )  # fmt: skip
 
 

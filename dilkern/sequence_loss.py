@@ -42,7 +42,7 @@ def sum_per_sequence(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.segment_reduce(values, "sum", offsets=cu_seqlens, initial=0, unsafe=True)
 
 
-def _split(values: Tensor, is_chosen: Tensor | None) -> tuple[Tensor, Tensor]:
+def split(values: Tensor, is_chosen: Tensor | None) -> tuple[Tensor, Tensor]:
     if is_chosen is None:
         half = values.shape[0] // 2
         return values[:half], values[half:]
@@ -93,7 +93,28 @@ def _fraction(name: str, value: float, upper: float) -> None:
         reject(f"`{name}` must be in [0, {upper}]", repr(value), f"Pass e.g. {name}=0.1.")
 
 
-class _Settings(NamedTuple):
+def check_per_sequence(num_sequences: int, **values: Tensor | None) -> None:
+    """Every given tensor has one value per sequence."""
+    for name, value in values.items():
+        if value is not None and value.shape != (num_sequences,):
+            reject(
+                f"`{name}` must have the shape of `logps`, ({num_sequences},)",
+                shape_of(value),
+                "Pass one value per sequence.",
+            )
+
+
+def check_both_sides(num_chosen: int, num_rejected: int) -> None:
+    """A mean over nothing is no loss."""
+    if num_chosen == 0 or num_rejected == 0:
+        reject(
+            "a batch needs at least one chosen and one rejected sequence",
+            f"{num_chosen} chosen, {num_rejected} rejected",
+            "Put both kinds into every batch, or pass the `counts` of a larger one.",
+        )
+
+
+class Settings(NamedTuple):
     """The caller's options after checks and defaults."""
 
     entry: Loss
@@ -108,7 +129,7 @@ class _Settings(NamedTuple):
     sft_weight: float
 
 
-def _settle(
+def settle(
     loss: str | Loss,
     params: Mapping[str, float] | None,
     beta: float | None,
@@ -118,7 +139,7 @@ def _settle(
     label_smoothing: float,
     mixture: float,
     sft_weight: float | None,
-) -> _Settings:
+) -> Settings:
     entry = get_loss(loss)
     merged = merge_params(entry, params)
     if beta is None:
@@ -154,9 +175,15 @@ def _settle(
             f"mixture={mixture} for {entry.name!r}, pairing={pairing!r}",
             "Set mixture=0.",
         )
+    if label_smoothing and mixture:
+        reject(
+            "`label_smoothing` and `mixture` cannot be combined",
+            f"label_smoothing={label_smoothing}, mixture={mixture}",
+            "Set one of them to 0.",
+        )
     if sft_weight is not None and sft_weight < 0:
         reject("`sft_weight` must be >= 0", repr(sft_weight), "Pass e.g. sft_weight=0.1.")
-    return _Settings(
+    return Settings(
         entry,
         merged,
         beta,
@@ -170,7 +197,7 @@ def _settle(
     )
 
 
-def _point(x: Tensor, chosen: bool, s: _Settings) -> tuple[Tensor, Tensor]:
+def _point(x: Tensor, chosen: bool, s: Settings) -> tuple[Tensor, Tensor]:
     """Value and slope of one side of a pointwise loss (10), with smoothing (12) or mixture (13)."""
     e, t = s.label_smoothing, s.mixture
     weights = (1 - e, e + t) if chosen else (e, (1 - e) * (1 - t))
@@ -184,7 +211,7 @@ def _point(x: Tensor, chosen: bool, s: _Settings) -> tuple[Tensor, Tensor]:
     return value, slope
 
 
-def _pair(m: Tensor, s: _Settings) -> tuple[Tensor, Tensor]:
+def _pair(m: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
     """Value and slope of a pairwise loss of the margin (11)."""
     entry = s.entry
     assert entry.chosen is not None
@@ -206,7 +233,7 @@ def _pair(m: Tensor, s: _Settings) -> tuple[Tensor, Tensor]:
     return smoothed(curve, m, s.label_smoothing) if s.label_smoothing else curve(m)
 
 
-def _transformed(f: Tensor, valid: Tensor, s: _Settings) -> Tensor:
+def _transformed(f: Tensor, valid: Tensor, s: Settings) -> Tensor:
     """Apply the entry's transform to f; -1 stands in for empty sequences, which carry no weight."""
     entry = s.entry
     if entry.transform is None:
@@ -216,7 +243,7 @@ def _transformed(f: Tensor, valid: Tensor, s: _Settings) -> Tensor:
     return _attach(*extended(entry.transform, s.growth[0], s.limit, f.detach(), params), f)
 
 
-def _clipped(x: Tensor, chosen: bool, s: _Settings) -> Tensor:
+def clipped(x: Tensor, chosen: bool, s: Settings) -> Tensor:
     """Where a sequence, or a margin, is on the linear extension of a curve in use."""
     if s.entry.transform is not None:
         return beyond(s.growth[0], s.limit, x)
@@ -224,6 +251,19 @@ def _clipped(x: Tensor, chosen: bool, s: _Settings) -> Tensor:
     use = (True, bool(e or s.mixture)) if chosen else (bool(e), s.mixture < 1)
     hits = [beyond(g, s.limit, x) for g, used in zip(s.growth, use) if used]
     return torch.stack(hits).any(0) if hits else torch.zeros_like(x, dtype=torch.bool)
+
+
+def check_strict(hits: Tensor, f: Tensor, s: Settings, strict: bool) -> Tensor:
+    """Return the share of sequences on the linear extension; with `strict` there may be none."""
+    clip_fraction = hits.to(f.dtype).mean()
+    if strict and bool(clip_fraction > 0):
+        reject(
+            f"strict: every log-ratio must be within max_log_ratio={s.limit}",
+            f"{int(hits.sum())} of {hits.numel()} beyond it, largest |f| {f.abs().max().item():.4g}",
+            "Summed log-probs with an exponential h do this: use length_normalize=True, 'bce', or "
+            "a smaller learning rate.",
+        )
+    return clip_fraction
 
 
 def preference_loss(
@@ -295,25 +335,13 @@ def preference_loss(
         >>> round(out.loss.item(), 4)
         1.3863
     """
-    s = _settle(
+    s = settle(
         loss, params, beta, length_normalize, pairing, max_log_ratio, label_smoothing, mixture,
         sft_weight,
     )  # fmt: skip
     entry = s.entry
-    if s.label_smoothing and s.mixture:
-        reject(
-            "`label_smoothing` and `mixture` cannot be combined",
-            f"label_smoothing={label_smoothing}, mixture={mixture}",
-            "Set one of them to 0.",
-        )
     check_sequences(logps.shape[0], is_chosen, s.pairwise, entry.name)
-    for name, value in (("lengths", lengths), ("log_ratios", log_ratios), ("weights", weights)):
-        if value is not None and value.shape != logps.shape:
-            reject(
-                f"`{name}` must have the shape of `logps`, {tuple(logps.shape)}",
-                shape_of(value),
-                "Pass one value per sequence.",
-            )
+    check_per_sequence(logps.shape[0], lengths=lengths, log_ratios=log_ratios, weights=weights)
     if (log_ratios is not None) != entry.reference:
         reject(
             f"loss {entry.name!r} "
@@ -335,16 +363,12 @@ def preference_loss(
     base = logps if log_ratios is None else log_ratios
     valid = lengths > 0
     f = base / lengths.clamp(min=1) if s.length_normalize else base
-    (f_w, f_l), (valid_w, valid_l) = _split(f, is_chosen), _split(valid, is_chosen)
-    (logps_w, logps_l), (n_w, n_l) = _split(logps, is_chosen), _split(lengths, is_chosen)
-    if counts is None and (f_w.numel() == 0 or f_l.numel() == 0):
-        reject(
-            "a batch needs at least one chosen and one rejected sequence",
-            f"{f_w.numel()} chosen, {f_l.numel()} rejected",
-            "Put both kinds into every batch, or pass the `counts` of a larger one.",
-        )
+    (f_w, f_l), (valid_w, valid_l) = split(f, is_chosen), split(valid, is_chosen)
+    (logps_w, logps_l), (n_w, n_l) = split(logps, is_chosen), split(lengths, is_chosen)
+    if counts is None:
+        check_both_sides(f_w.numel(), f_l.numel())
     ones = torch.ones_like(f) if weights is None else weights.detach().to(f.dtype)
-    weight_w, weight_l = _split(ones, is_chosen)
+    weight_w, weight_l = split(ones, is_chosen)
     zeros_l = torch.zeros_like(f_l)
     if s.pairwise:
         both = valid_w & valid_l
@@ -355,7 +379,7 @@ def preference_loss(
             losses_w, weight_w * weight_l * both, both.sum() if counts is None else counts[0]
         )
         if entry.transform is not None:
-            hits = torch.cat([_clipped(f_w, True, s), _clipped(f_l, False, s)])
+            hits = torch.cat([clipped(f_w, True, s), clipped(f_l, False, s)])
         else:
             hits = beyond(s.growth[0], s.limit, m) | beyond(s.growth[1], s.limit, -m)
     elif entry.pairing == "none":
@@ -371,18 +395,11 @@ def preference_loss(
             count_w = count_l = count_w + count_l
         total = _masked_mean(losses_w, weight_w * valid_w, count_w)
         total = total + _masked_mean(losses_l, weight_l * valid_l, count_l)
-        hits = torch.cat([_clipped(x_w, True, s), _clipped(x_l, False, s)])
+        hits = torch.cat([clipped(x_w, True, s), clipped(x_l, False, s)])
     if s.sft_weight:
         count = n_w.sum() if entry.sft_per == "token" else valid_w.sum()
         total = total - s.sft_weight * _masked_mean(logps_w, weight_w, count)
-    clip_fraction = hits.to(f.dtype).mean()
-    if strict and bool(clip_fraction > 0):
-        reject(
-            f"strict: every log-ratio must be within max_log_ratio={s.limit}",
-            f"{int(hits.sum())} of {hits.numel()} beyond it, largest |f| {f.abs().max().item():.4g}",
-            "Summed log-probs with an exponential h do this: use length_normalize=True, 'bce', or "
-            "a smaller learning rate.",
-        )
+    clip_fraction = check_strict(hits, f, s, strict)
     return PreferenceLossOutput(
         total, logps_w.detach(), logps_l.detach(), f_w.detach(), f_l.detach(), clip_fraction,
         n_w, n_l, losses_w.detach(), losses_l.detach(), s.beta,

@@ -16,7 +16,7 @@ from dilkern.kernels import configs
 from dilkern.kernels.operands import on_device
 
 
-@triton.jit(do_not_specialize=["sequences"])
+@triton.jit
 def _sequence_loss_kernel(
     logps_ptr,  # (T,)
     ref_tokens_ptr,  # (T,) or None
@@ -24,11 +24,11 @@ def _sequence_loss_kernel(
     scored_ptr,  # (T,) bool
     bounds_ptr,  # (S + 1,)
     is_chosen_ptr,  # (S,) bool
+    factor_ptr,  # (S,) what the sequence counts in the loss
     sums_ptr,  # (S,) out: policy log-prob
-    ratios_ptr,  # (S,) out: log-ratio as the loss uses it
-    terms_ptr,  # (S,) out: weighted term of the loss
+    ratios_ptr,  # (S,) out: f
+    values_ptr,  # (S,) out: l_1 or l_-1 of beta f
     grad_ptr,  # (T,) out: d loss / d logp of the token
-    sequences,
     beta,
     limit,
     H: tl.constexpr,
@@ -40,13 +40,6 @@ def _sequence_loss_kernel(
     end = tl.load(bounds_ptr + s + 1).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     chosen = tl.load(is_chosen_ptr + s) != 0
-    # How many sequences share this one's side: every program counts for itself, nothing waits.
-    alike = tl.zeros((BLOCK,), dtype=tl.float32)
-    for a in tl.range(0, sequences, BLOCK):
-        inside = a + offs < sequences
-        other = tl.load(is_chosen_ptr + a + offs, mask=inside, other=0) != 0
-        alike += tl.where(inside & (other == chosen), 1.0, 0.0)
-    weight = 1.0 / tl.sum(alike, 0)
     policy = tl.zeros((BLOCK,), dtype=tl.float32)
     ratio = tl.zeros((BLOCK,), dtype=tl.float32)
     count = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -59,17 +52,19 @@ def _sequence_loss_kernel(
         if ref_tokens_ptr is not None:
             logp -= tl.load(ref_tokens_ptr + a + offs, mask=scored, other=0.0)
         ratio += logp
-    log_ratio = tl.sum(ratio, 0)
+    f = tl.sum(ratio, 0)
     if ref_ptr is not None:
-        log_ratio -= tl.load(ref_ptr + s)
-    scale = beta
+        f -= tl.load(ref_ptr + s)
+    per_token = 1.0
     if BY_LENGTH:
-        scale = beta / tl.maximum(tl.sum(count, 0), 1.0)
-    value, slope = H(log_ratio * scale, chosen, limit)
+        length = tl.maximum(tl.sum(count, 0), 1.0)
+        f = f / length
+        per_token = 1.0 / length
+    value, slope = H(f * beta, chosen, limit)
     tl.store(sums_ptr + s, tl.sum(policy, 0))
-    tl.store(ratios_ptr + s, log_ratio * scale)
-    tl.store(terms_ptr + s, value * weight)
-    g = slope * scale * weight
+    tl.store(ratios_ptr + s, f)
+    tl.store(values_ptr + s, value)
+    g = slope * beta * per_token * tl.load(factor_ptr + s)
     for a in tl.range(begin, end, BLOCK):
         inside = a + offs < end
         scored = tl.load(scored_ptr + a + offs, mask=inside, other=0) != 0
@@ -77,10 +72,10 @@ def _sequence_loss_kernel(
 
 
 class SequenceLoss(NamedTuple):
-    loss: Tensor  # () sum of terms
+    loss: Tensor  # () sum of factor * value
     logps: Tensor  # (S,) policy log-prob, nats
-    log_ratios: Tensor  # (S,) beta f, f per token if by length
-    terms: Tensor  # (S,) each divided by the number of sequences on its side
+    log_ratios: Tensor  # (S,) f, per token if by length
+    values: Tensor  # (S,) l_1 or l_-1 of beta f
     grad: Tensor  # (T,) d loss / d token_logps
 
 
@@ -89,6 +84,7 @@ def sequence_loss(
     scored: Tensor,  # (T,) bool, contiguous
     bounds: Tensor,  # (S + 1,) integer, rising from 0 to T
     is_chosen: Tensor,  # (S,) bool
+    factor: Tensor,  # (S,) fp32
     *,
     h: Any,  # one of h_functions, or any jit function of that form
     ref_token_logps: Tensor | None = None,  # (T,) fp32
@@ -97,13 +93,15 @@ def sequence_loss(
     length_normalize: bool = True,
     max_log_ratio: float | None = 10.0,
 ) -> SequenceLoss:
-    """Compute mean over chosen of l_1(beta f) + mean over rejected of l_-1(beta f), and its slope.
+    """Compute the sum over sequences of factor * l_{1 or -1}(beta f), and its slope per token.
 
-    One launch, one program per sequence, no atomics. A sequence without scored tokens has f = 0
-    before its sequence-level reference is subtracted.
+    One launch, one program per sequence, no atomics; `factor` carries weights and the denominators of
+    the means. A sequence without scored tokens has f = 0 before its reference is subtracted.
     """
     sequences = is_chosen.numel()
-    per_sequence = [token_logps.new_empty(sequences, dtype=torch.float32) for _ in range(3)]
+    logps, ratios, values = (
+        token_logps.new_empty(sequences, dtype=torch.float32) for _ in range(3)
+    )
     grad = token_logps.new_empty(token_logps.shape, dtype=torch.float32)
     config = configs.sequence(token_logps.device)
     if sequences:
@@ -115,9 +113,11 @@ def sequence_loss(
                 scored,
                 bounds,
                 is_chosen,
-                *per_sequence,
+                factor,
+                logps,
+                ratios,
+                values,
                 grad,
-                sequences,
                 beta,
                 float("inf") if max_log_ratio is None else max_log_ratio,
                 H=h,
@@ -125,5 +125,6 @@ def sequence_loss(
                 BLOCK=config.block,
                 **config.launch,
             )
-    logps, ratios, terms = per_sequence
-    return SequenceLoss(terms.sum(), logps, ratios, terms, grad)
+    # A sequence without weight has no part in the loss, whatever its value.
+    terms = torch.where(factor == 0, 0.0, values * factor)
+    return SequenceLoss(terms.sum(), logps, ratios, values, grad)

@@ -19,6 +19,7 @@ def _enter(rank, scenario, path):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
     try:
         scenario(rank)
+        dist.barrier()  # a rank that leaves early can abort the other one's threads
     finally:
         dist.destroy_process_group()
 

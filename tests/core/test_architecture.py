@@ -25,10 +25,11 @@ LEVELS = {
     "dilkern.reference": 4,
     "dilkern.logps": 5,
     "dilkern.sequence_loss": 5,
-    "dilkern.functional": 6,
-    "dilkern.integrations": 7,
-    "dilkern.cli": 8,
-    "dilkern.__main__": 9,
+    "dilkern.pointwise": 6,
+    "dilkern.functional": 7,
+    "dilkern.integrations": 8,
+    "dilkern.cli": 9,
+    "dilkern.__main__": 10,
 }
 
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 from batches import batch
 
-from dilkern import DILLoss, fused_dil_loss, fused_preference_loss, linear_logps, reference
+from dilkern import (
+    DILLoss,
+    fused_dil_loss,
+    fused_preference_loss,
+    linear_logps,
+    preference_loss,
+    reference,
+)
 
 H_NAMES = ["lsif", "ukl", "bce"]
 
@@ -243,3 +250,23 @@ def test_torch_compile_fullgraph(loss):
     torch.compile(step, fullgraph=True, backend="aot_eager")(traced).backward()
     step(plain).backward()
     torch.testing.assert_close(traced.grad, plain.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_every_option_of_preference_loss_reaches_it():
+    """Each knob changes the loss through fused_dil_loss as it does through preference_loss."""
+    states, weight, labels, other = batch()
+    token_ref = 1.2 * reference.shifted_token_logps(other, weight, labels)
+    token = reference.shifted_token_logps(states, weight, labels)
+    lengths = (labels[:, 1:] != -100).sum(1)
+    sums = {"log_ratios": (token - token_ref).sum(1)}
+    plain = fused_dil_loss(states, weight, labels, ref_logps=token_ref).loss
+    for options in (
+        {"beta": 0.5}, {"length_normalize": False}, {"max_log_ratio": 0.01},
+        {"pairing": "pairwise"}, {"label_smoothing": 0.2}, {"mixture": 0.3}, {"sft_weight": 0.5},
+        {"weights": torch.tensor([1.0, 0.5, 2.0, 0.1], dtype=torch.float64)},
+        {"counts": (3.0, 5.0)}, {"is_chosen": torch.tensor([True, False, True, True])},
+    ):  # fmt: skip
+        fused = fused_dil_loss(states, weight, labels, ref_logps=token_ref, **options).loss
+        direct = preference_loss(token.sum(1), lengths, **sums, **options).loss
+        torch.testing.assert_close(fused, direct, rtol=1e-12, atol=1e-14, msg=str(options))
+        assert abs(fused - plain) > 1e-6, options

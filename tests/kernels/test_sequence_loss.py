@@ -23,6 +23,12 @@ TWINS = {  # name -> (l_1, l_-1)
 }
 
 
+def means(is_chosen):
+    """The factors of a mean over chosen plus a mean over rejected sequences."""
+    counts = torch.stack([(~is_chosen).sum(), is_chosen.sum()])
+    return 1.0 / counts[is_chosen.long()].clamp_min(1)
+
+
 def plain(h, logps, scored, bounds, is_chosen, ref_tokens, ref, beta, by_length, limit):
     """The same loss in plain PyTorch, one sequence at a time."""
     limit = float("inf") if limit is None else limit
@@ -32,10 +38,10 @@ def plain(h, logps, scored, bounds, is_chosen, ref_tokens, ref, beta, by_length,
         f = logps[a:b][mask].sum()
         f = f - (ref_tokens[a:b][mask].sum() if ref_tokens is not None else 0)
         f = f - (ref[s] if ref is not None else 0)
-        f = beta * (f / mask.sum().clamp_min(1) if by_length else f)
+        f = f / mask.sum().clamp_min(1) if by_length else f
         ratios.append(f)
         side = is_chosen[s]
-        loss = loss + TWINS[h][0 if side else 1](f, limit) / (is_chosen == side).sum()
+        loss = loss + TWINS[h][0 if side else 1](beta * f, limit) / (is_chosen == side).sum()
     return loss, torch.stack(ratios)
 
 
@@ -75,6 +81,7 @@ def test_matches_autograd(h, lengths, reference, by_length, budget):
         scored,
         bounds,
         is_chosen,
+        means(is_chosen),
         h=getattr(h_functions, h),
         ref_token_logps=ref_tokens,
         ref_logps=ref,
@@ -88,7 +95,13 @@ def test_matches_autograd(h, lengths, reference, by_length, budget):
         budget.check(name, mine, other, true)
     # Identical policy and reference: exactly zero.
     same = sequence_loss(
-        logps, scored, bounds, is_chosen, h=getattr(h_functions, h), ref_token_logps=logps.clone()
+        logps,
+        scored,
+        bounds,
+        is_chosen,
+        means(is_chosen),
+        h=getattr(h_functions, h),
+        ref_token_logps=logps.clone(),
     )
     assert (same.log_ratios == 0).all()
 
@@ -101,14 +114,19 @@ def test_h_value_and_slope_at_extremes(h):
         is_chosen = torch.full((n,), chosen)
         bounds = torch.arange(n + 1)
         got = sequence_loss(
-            f, torch.ones(n, dtype=torch.bool), bounds, is_chosen, h=getattr(h_functions, h)
+            f,
+            torch.ones(n, dtype=torch.bool),
+            bounds,
+            is_chosen,
+            means(is_chosen),
+            h=getattr(h_functions, h),
         )
         twin = TWINS[h][0 if chosen else 1]
         x = f.double().requires_grad_()
         truth = twin(x, 10.0)
         truth.sum().backward()
-        assert torch.isfinite(got.terms).all() and torch.isfinite(got.grad).all()
-        torch.testing.assert_close(got.terms * n, truth.detach().float(), rtol=4e-6, atol=1e-30)
+        assert torch.isfinite(got.values).all() and torch.isfinite(got.grad).all()
+        torch.testing.assert_close(got.values, truth.detach().float(), rtol=4e-6, atol=1e-30)
         torch.testing.assert_close(got.grad * n, x.grad.float(), rtol=4e-6, atol=1e-30)
 
 
@@ -119,6 +137,7 @@ def test_user_h_and_unpaired_counts():
         torch.ones(3, dtype=torch.bool),
         torch.arange(4, dtype=torch.int32),
         torch.tensor([True, False, False]),
+        means(torch.tensor([True, False, False])),
         h=h_functions.ukl,
         max_log_ratio=None,
     )
@@ -134,9 +153,10 @@ def test_nan_stays_in_its_sequence_and_nothing_else_is_written():
         torch.ones(6, dtype=torch.bool),
         torch.tensor([0, 2, 6]),
         torch.tensor([True, False]),
+        torch.ones(2),
         h=h_functions.lsif,
     )
-    assert torch.isnan(got.loss) and torch.isnan(got.terms[0]) and torch.isfinite(got.terms[1])
+    assert torch.isnan(got.loss) and torch.isnan(got.values[0]) and torch.isfinite(got.values[1])
     assert torch.isfinite(got.grad[2:]).all()
     intact_in()
 
@@ -147,6 +167,7 @@ def test_no_sequences():
         torch.empty(0, dtype=torch.bool),
         torch.zeros(1, dtype=torch.int64),
         torch.empty(0, dtype=torch.bool),
+        torch.empty(0),
         h=h_functions.bce,
     )
     assert got.loss == 0 and got.grad.shape == (0,)
