@@ -93,11 +93,8 @@ def run(code):
 def test_runs_without_triton_and_without_loading_the_trainer_stack():
     code = """
 import sys
-class Forbid:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("triton", "transformers", "trl", "peft", "bitsandbytes"):
-            raise ImportError(f"{name} is forbidden here")
-sys.meta_path.insert(0, Forbid())
+for name in ("triton", "transformers", "trl", "peft", "bitsandbytes"):
+    sys.modules[name] = None  # as if not installed
 import torch, dilkern
 h = torch.randn(2, 3, 4, requires_grad=True)
 out = dilkern.fused_dil_loss(h, torch.randn(5, 4), torch.ones(2, 3).long(), reference_free=True)
@@ -107,7 +104,7 @@ print(why_not("triton", torch.device("cpu")))
 """
     done = run(code)
     assert done.returncode == 0, done.stderr
-    assert "triton is forbidden here" in done.stdout
+    assert "triton" in done.stdout
 
 
 def test_public_names_are_documented():
