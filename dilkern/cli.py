@@ -116,11 +116,13 @@ def _lora(rank: int, alpha: int | None, dropout: float, targets: list[str]) -> A
     )
 
 
-def _four_bit(compute: torch.dtype) -> Any:
+def _four_bit(compute: torch.dtype, lm_head: bool) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        # transformers leaves the lm_head in 16 bits by default; an empty list quantises it too.
+        llm_int8_skip_modules=[] if lm_head else None,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
@@ -183,6 +185,7 @@ def train(
     lora_dropout: Annotated[float, Option(help="Dropout of the adapter.")] = 0.0,
     lora_target: Annotated[list[str], Option(help="Module names, or all-linear.")] = ["all-linear"],  # noqa: B006
     load_in_4bit: Annotated[bool, Option(help="NF4 base weights (QLoRA).")] = False,
+    quantize_lm_head: Annotated[bool, Option(help="NF4 lm_head too.")] = False,
     precision: Annotated[str, Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     attn_implementation: Annotated[
         str | None, Option(help="sdpa, eager, flash_attention_2, ...; default of transformers.")
@@ -226,6 +229,8 @@ def train(
             )
     if load_in_4bit and lora_r == 0:
         reject("--load-in-4bit trains an adapter", "--lora-r 0", "Give a rank, e.g. --lora-r 16.")
+    if quantize_lm_head and not load_in_4bit:
+        reject("--quantize-lm-head goes with --load-in-4bit", "it alone", "Add --load-in-4bit.")
     if ref_model is not None and precompute_ref_log_probs:
         reject(
             "the reference is either a second model or precomputed from the start of training",
@@ -307,7 +312,7 @@ def train(
         eval_dataset=eval_data,
         processing_class=tokenizer,
         peft_config=_lora(lora_r, lora_alpha, lora_dropout, lora_target),
-        quantization_config=_four_bit(compute) if load_in_4bit else None,
+        quantization_config=_four_bit(compute, quantize_lm_head) if load_in_4bit else None,
         callbacks=[MetricsFile(output_dir / "metrics.jsonl")],
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)

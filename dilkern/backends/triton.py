@@ -183,7 +183,7 @@ def forward(
     workspace_bytes: int,
     need_u: bool,
 ) -> Forward:
-    """One pass over the vocabulary: log-probs and, if asked, the unscaled gradient u (4)-(7)."""
+    """One pass over the vocabulary: log-probs and, if asked, the unscaled gradient u (4)-(6)."""
     n_tokens, width, dtype = rows.numel(), hidden.shape[1], hidden.dtype
     own = configs.own_product(hidden.device, dtype, width)
     blocks = _plan(n_tokens, head, hidden, workspace_bytes, own=own)
@@ -230,7 +230,7 @@ def head_backward(
     needed: Sequence[bool],
     workspace_bytes: int,
 ) -> list[Tensor | None]:
-    """Recompute the logits block by block and hand each block's gradient to the head (9)."""
+    """Recompute the logits block by block and hand each block's gradient to the head (8)."""
     n_tokens, dtype = rows.numel(), hidden.dtype
     blocks = _plan(n_tokens, head, hidden, workspace_bytes, own=True, head_gradient=True)
     gradients, columns = head.new_gradients(needed), head.gradient_columns(needed)

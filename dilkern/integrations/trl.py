@@ -523,24 +523,17 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
     ) -> PreferenceLossOutput:
         """The loss of single completions, each kind averaged over its count on all ranks."""
         logps, lengths, log_ratios = terms
-        weights = None
+        valid = lengths > 0
+        counts = torch.stack([(valid & is_chosen).sum(), (valid & ~is_chosen).sum()]).float()
         if self.accelerator.num_processes > 1:
-            valid = lengths > 0
-            local = torch.stack([(valid & is_chosen).sum(), (valid & ~is_chosen).sum()]).float()
-            if self._loss.joint_mean:
-                local = local.sum().expand(2)
-            total = self.accelerator.reduce(local.clone(), "sum")
-            # Ranks are averaged: mean over ranks of (rank's sum / rank's count) * this = global mean.
-            factor = local * self.accelerator.num_processes / total.clamp(min=1)
-            weights = torch.where(is_chosen, factor[0], factor[1])
-        # An empty sequence of each kind carries no weight and lets a batch have one kind only.
-        two = logps.new_zeros(2)
+            # Gradients are averaged over the ranks, hence the global count per rank.
+            counts = self.accelerator.reduce(counts, "sum") / self.accelerator.num_processes
         return preference_loss(
-            torch.cat([logps, two]),
-            torch.cat([lengths, two]),
-            log_ratios=None if log_ratios is None else torch.cat([log_ratios, two]),
-            is_chosen=torch.cat([is_chosen, is_chosen.new_tensor([True, False])]),
-            weights=None if weights is None else torch.cat([weights, two]),
+            logps,
+            lengths,
+            log_ratios=log_ratios,
+            is_chosen=is_chosen,
+            counts=(counts[0], counts[1]),
             **options,
         )
 

@@ -154,15 +154,32 @@ def test_second_model_eval_file_and_unpaired(folder, data, tmp_path):
     assert train(*flags(folder, str(path), tmp_path / "b", loss="ukl")).exit_code == 0
 
 
-def test_four_bit(data, tmp_path):
+@pytest.mark.parametrize("lm_head", [False, True])
+def test_four_bit(lm_head, data, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
+    from dilkern.lm_head import LMHead
+
+    kinds = []
+    build = LMHead.head
+    monkeypatch.setattr(LMHead, "head", lambda self: kinds.append(build(self)) or kinds[-1])
     wide = tiny.save(tmp_path / "wide", hidden_size=64, intermediate_size=128, head_dim=16)
-    result = train(*flags(wide, data, tmp_path / "out", **{"load-in-4bit": True, "max-steps": 2}))
+    options = {"load-in-4bit": True, "max-steps": 2, "lora-target": "q_proj"}
+    result = train(
+        *flags(
+            wide,
+            data,
+            tmp_path / "out",
+            **options,
+            **({"quantize-lm-head": True} if lm_head else {}),
+        )
+    )
+    assert {head.kind for head in kinds} == {"four_bit" if lm_head else "dense"}
     assert result.exit_code == 0, result.output
     assert metrics(tmp_path / "out")[0]["loss"] == pytest.approx(-0.5, abs=1e-6)
 
 
 REFUSED = [
+    ({"quantize-lm-head": True}, "goes with --load-in-4bit"),
     ({"loss": "lsiff"}, "must be one of"),
     ({"loss-param": "lam"}, "NAME=NUMBER"),
     ({"loss-param": "lam=1"}, "parameters of loss 'lsif'"),
