@@ -127,6 +127,14 @@ def test_readme_loss_table_is_the_registry():
     assert loss_table(LOSSES.values()) in (ROOT / "README.md").read_text()
 
 
+def test_readme_example_runs(capsys):
+    import re
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    exec(compile(blocks[0], "README.md", "exec"), {})
+    assert "grad_fn" in capsys.readouterr().out
+
+
 def test_version_is_written_once_more_and_agrees():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == dilkern.__version__
