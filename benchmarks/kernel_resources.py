@@ -81,7 +81,7 @@ def cases(arch: str | None = None) -> Iterator[Case]:
             yield Case("fold_block", name, dtype, "plain")
             yield Case("nf4_dequant", name, dtype, "nested")
         yield Case("nf4_dequant", name, "bfloat16", "gather")
-        for variant in ("lsif", "ukl", "bce"):
+        for variant in ("lsif", "ukl", "bce", "nce", "brier", "power"):
             yield Case("sequence_loss", name, "float32", variant)
 
 
@@ -182,7 +182,7 @@ def _describe(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], tuple[st
         "ids_ptr": "*i64",
         "bounds_ptr": "*i64",
     }
-    floats = ("scale", "softcap", "beta", "limit")
+    floats = ("scale", "softcap", "beta", "limit", "param")
     signature = {}
     for name in kernel.arg_names:
         if name.endswith("_ptr"):

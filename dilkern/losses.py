@@ -48,7 +48,7 @@ class Loss:
         baseline: whether a detached batch baseline is subtracted from f (KTO's z0).
         note: what differs from TRL or from the paper.
         aliases: other names.
-        triton: name of the (chosen, rejected) twins in dilkern.kernels.h_functions, if any.
+        triton: name of the twin in dilkern.kernels.h_functions, if any.
     """
 
     name: str
@@ -134,6 +134,7 @@ _ENTRIES = (
         smoothing=True,
         note="lam=1 LSIF, 0 UKL, -1/2 exponential, -1 reverse UKL (constants apart); "
         "alpha-divergence with alpha = 1+lam; Basu BA_lam is (1+lam) times this, SBA_lam 1/s of it",
+        triton="power",
     ),
     Loss(
         "nce",
@@ -147,6 +148,7 @@ _ENTRIES = (
         length_normalize=True,
         smoothing=True,
         note="nu=1 is BCE; nu = rejected samples per chosen sample",
+        triton="nce",
     ),
     Loss(
         "brier",
@@ -158,6 +160,7 @@ _ENTRIES = (
         bregman_formula="1/(1+r)",
         length_normalize=True,
         smoothing=True,
+        triton="brier",
     ),
     Loss(
         "sft",

@@ -35,6 +35,7 @@ def serves(settings: Settings, backend: str, token_logps: Tensor) -> bool:
         and (backend == "triton" or (backend == "auto" and on_gpu))
         and token_logps.dtype is torch.float32
         and s.entry.triton is not None
+        and len(s.params) < 2
         and not (s.pairwise or s.label_smoothing or s.mixture or s.sft_weight)
     )
 
@@ -52,6 +53,7 @@ def _pointwise(
     beta: float,
     length_normalize: bool,
     limit: float,
+    param: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss (), logps, f, values (S,), d loss / d token_logps (T,)."""
     kernel = import_module("dilkern.kernels.sequence_loss")
@@ -68,6 +70,7 @@ def _pointwise(
         beta=beta,
         length_normalize=length_normalize,
         max_log_ratio=limit,
+        param=param,
     )
     return tuple(result)
 
@@ -87,7 +90,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
     (slopes,) = ctx.saved_tensors
-    return (None if grad is None else grad * slopes, *[None] * 10)
+    return (None if grad is None else grad * slopes, *[None] * 11)
 
 
 _pointwise.register_autograd(_backward, setup_context=_setup_context)
@@ -130,6 +133,7 @@ def pointwise_loss(
         None if by_token else reference,
         s.entry.triton or "", s.beta, s.length_normalize,
         float("inf") if s.limit is None else s.limit,
+        next(iter(s.params.values()), 0.0),
     )  # fmt: skip
     (f_w, f_l), (logps_w, logps_l) = split(f, is_chosen), split(logps, is_chosen)
     (n_w, n_l), (values_w, values_l) = split(lengths, is_chosen), split(values, is_chosen)

@@ -31,6 +31,7 @@ def _sequence_loss_kernel(
     grad_ptr,  # (T,) out: d loss / d logp of the token
     beta,
     limit,
+    param,
     H: tl.constexpr,
     BY_LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -60,7 +61,7 @@ def _sequence_loss_kernel(
         length = tl.maximum(tl.sum(count, 0), 1.0)
         f = f / length
         per_token = 1.0 / length
-    value, slope = H(f * beta, chosen, limit)
+    value, slope = H(f * beta, chosen, limit, param)
     tl.store(sums_ptr + s, tl.sum(policy, 0))
     tl.store(ratios_ptr + s, f)
     tl.store(values_ptr + s, value)
@@ -92,6 +93,7 @@ def sequence_loss(
     beta: float = 1.0,
     length_normalize: bool = True,
     max_log_ratio: float | None = 10.0,
+    param: float = 0.0,  # of h
 ) -> SequenceLoss:
     """Compute the sum over sequences of factor * l_{1 or -1}(beta f), and its slope per token.
 
@@ -120,6 +122,7 @@ def sequence_loss(
                 grad,
                 beta,
                 float("inf") if max_log_ratio is None else max_log_ratio,
+                param,
                 H=h,
                 BY_LENGTH=length_normalize,
                 BLOCK=config.block,

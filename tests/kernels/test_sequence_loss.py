@@ -4,8 +4,12 @@ import pytest
 import torch
 from guard import guarded
 
+from dilkern import LOSSES
+from dilkern.curves import extended
 from dilkern.kernels import h_functions
 from dilkern.kernels.sequence_loss import sequence_loss
+
+F32, F64 = torch.float32, torch.float64
 
 
 def extended_exp(f, k, limit):
@@ -171,3 +175,35 @@ def test_no_sequences():
         h=h_functions.bce,
     )
     assert got.loss == 0 and got.grad.shape == (0,)
+
+
+PARAMETERS = {"power": [1.0, 0.5, 1e-6, 0.0, -0.5, -1.0, -2.0], "nce": [1.0, 4.0]}
+REGISTRY = [
+    pytest.param(entry, param, id=f"{name}-{param}")
+    for name, entry in LOSSES.items()
+    if entry.triton
+    for param in PARAMETERS.get(name, [0.0])
+]
+
+
+@pytest.mark.parametrize("limit", [None, 3.0])
+@pytest.mark.parametrize("entry, param", REGISTRY)
+def test_every_twin_of_the_registry_against_its_curves(entry, param, limit, budget):
+    """Value and slope of both sides, against the torch twin in fp64, the peer being it in fp32."""
+    f = torch.cat([torch.linspace(-8, 8, 41), torch.tensor([1e-6, -1e-6, 1e-3, 30.0, -30.0])])
+    if limit is None:
+        f = f[f.abs() <= 8]
+    n, params = f.numel(), dict.fromkeys(entry.params, param)
+    for chosen, curve, growth in zip(
+        (True, False), (entry.chosen, entry.rejected), entry.growth(**params)
+    ):
+        got = sequence_loss(
+            f, torch.ones(n, dtype=torch.bool), torch.arange(n + 1), torch.full((n,), chosen),
+            torch.ones(n), h=getattr(h_functions, entry.triton), max_log_ratio=limit, param=param,
+        )  # fmt: skip
+        truth, peer = (extended(curve, growth, limit, f.to(d), params) for d in (F64, F32))
+        for name, mine, other, true in zip(("value", "slope"), (got.values, got.grad), peer, truth):
+            # By size of f: large values must not excuse small ones.
+            for low, high in ((0, 0.01), (0.01, 1.5), (1.5, 8.5), (8.5, 40)):
+                part = (f.abs() >= low) & (f.abs() < high)
+                budget.check(f"{name}, |f| < {high}", mine[part], other[part], true[part])
