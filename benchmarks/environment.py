@@ -50,7 +50,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     load = Path("/proc/loadavg")
     found: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": commit(),
         "dirty": dirty(),
         "device": device.type,
