@@ -137,8 +137,20 @@ def pointwise_loss(
     )  # fmt: skip
     (f_w, f_l), (logps_w, logps_l) = split(f, is_chosen), split(logps, is_chosen)
     (n_w, n_l), (values_w, values_l) = split(lengths, is_chosen), split(values, is_chosen)
-    hits = torch.cat([clipped(s.beta * f_w, True, s), clipped(s.beta * f_l, False, s)])
-    clip_fraction = check_strict(hits, f, s, strict)
+    hits_w, hits_l = clipped(s.beta * f_w, True, s), clipped(s.beta * f_l, False, s)
+    clip_fraction = check_strict(torch.cat([hits_w, hits_l]), f, s, strict)
     return PreferenceLossOutput(
-        loss, logps_w, logps_l, f_w, f_l, clip_fraction, n_w, n_l, values_w, values_l, s.beta
+        loss,
+        logps_w,
+        logps_l,
+        f_w,
+        f_l,
+        clip_fraction,
+        n_w,
+        n_l,
+        values_w,
+        values_l,
+        hits_w,
+        hits_l,
+        s.beta,
     )

@@ -29,6 +29,8 @@ class PreferenceLossOutput(NamedTuple):
     rejected_lengths: Tensor  # (R,)
     chosen_losses: Tensor  # (C,) l_1 per chosen sequence, or the loss per pair
     rejected_losses: Tensor  # (R,) l_-1 per rejected sequence, or zeros for pairs
+    chosen_clipped: Tensor  # (C,) bool, on the linear extension; of the pair for pairwise losses
+    rejected_clipped: Tensor  # (R,) bool
     beta: float  # temperature in use, 1.0 for losses without one
 
 
@@ -379,12 +381,13 @@ def preference_loss(
             losses_w, weight_w * weight_l * both, both.sum() if counts is None else counts[0]
         )
         if entry.transform is not None:
-            hits = torch.cat([clipped(f_w, True, s), clipped(f_l, False, s)])
+            hits_w, hits_l = clipped(f_w, True, s), clipped(f_l, False, s)
         else:
-            hits = beyond(s.growth[0], s.limit, m) | beyond(s.growth[1], s.limit, -m)
+            hits_w = hits_l = beyond(s.growth[0], s.limit, m) | beyond(s.growth[1], s.limit, -m)
     elif entry.pairing == "none":
         losses_w, losses_l = torch.zeros_like(f_w), zeros_l
-        total, hits = f.sum() * 0.0, torch.zeros_like(f, dtype=torch.bool)
+        total = f.sum() * 0.0
+        hits_w, hits_l = (torch.zeros_like(x, dtype=torch.bool) for x in (f_w, f_l))
     else:
         baseline = 0.0 if kl_log_ratios is None else kl_log_ratios.detach().mean().clamp(min=0)
         x_w, x_l = s.beta * (f_w - baseline), s.beta * (f_l - baseline)
@@ -395,14 +398,14 @@ def preference_loss(
             count_w = count_l = count_w + count_l
         total = _masked_mean(losses_w, weight_w * valid_w, count_w)
         total = total + _masked_mean(losses_l, weight_l * valid_l, count_l)
-        hits = torch.cat([clipped(x_w, True, s), clipped(x_l, False, s)])
+        hits_w, hits_l = clipped(x_w, True, s), clipped(x_l, False, s)
     if s.sft_weight:
         count = n_w.sum() if entry.sft_per == "token" else valid_w.sum()
         total = total - s.sft_weight * _masked_mean(logps_w, weight_w, count)
-    clip_fraction = check_strict(hits, f, s, strict)
+    clip_fraction = check_strict(torch.cat([hits_w, hits_l]), f, s, strict)
     return PreferenceLossOutput(
         total, logps_w.detach(), logps_l.detach(), f_w.detach(), f_l.detach(), clip_fraction,
-        n_w, n_l, losses_w.detach(), losses_l.detach(), s.beta,
+        n_w, n_l, losses_w.detach(), losses_l.detach(), hits_w, hits_l, s.beta,
     )  # fmt: skip
 
 
@@ -412,7 +415,8 @@ def preference_metrics(output: PreferenceLossOutput) -> dict[str, Tensor]:
     rewards/* are beta f with the f that the loss used; rewards/accuracies is the strict share of
     pairs with a larger chosen reward (absent for unpaired batches), so 0.0 where policy ==
     reference; logps/* are means over sequences of summed log-probs, logps/*_avg of means per token;
-    ratio/* are means of e^f; loss/* are means of the sides of a pointwise loss.
+    ratio/* are means of e^f; clip_frac/* are shares on the linear extension; loss/* are means of the
+    sides of a pointwise loss.
 
     Example:
         >>> import torch
@@ -437,7 +441,8 @@ def preference_metrics(output: PreferenceLossOutput) -> dict[str, Tensor]:
         "ratio/rejected": o.rejected_log_ratios.exp().mean(),
         "loss/chosen": o.chosen_losses.mean(),
         "loss/rejected": o.rejected_losses.mean(),
-        "clip_frac": o.clip_fraction,
+        "clip_frac/chosen": o.chosen_clipped.float().mean(),
+        "clip_frac/rejected": o.rejected_clipped.float().mean(),
     }
     if chosen.shape == rejected.shape:
         metrics["rewards/accuracies"] = (chosen > rejected).to(chosen.dtype).mean()

@@ -1,10 +1,44 @@
 """Shared test helpers: small cases, and the one error budget."""
 
+import warnings
+
+import interpreter
+import numpy as np
 import pytest
 import torch
 from budget import Budget
 
+from dilkern.backends import base
+
 torch.set_num_threads(2)
+if interpreter.INTERPRET:
+    interpreter.repair_bf16()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backend", default="auto", help='what backend="auto" means, where it takes the dtype'
+    )
+
+
+@pytest.fixture(autouse=True)
+def backend_under_test(request, monkeypatch):
+    """The same tests for every backend: --backend triton puts it in the place of "auto"."""
+    wanted, resolve = request.config.getoption("--backend"), base.resolve
+
+    def choose(name, device, dtype=None):
+        named = wanted if name == "auto" and dtype is not torch.float64 else name
+        return resolve(named, device, dtype)
+
+    monkeypatch.setattr(base, "resolve", choose)
+
+
+@pytest.fixture(autouse=True)
+def quiet_numpy():
+    """NaN and Inf are inputs here; NumPy's warnings about them are the interpreter's, not ours."""
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 """What each of two gloo processes runs and asserts; see heads/test_sharded_head.py."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,11 +19,11 @@ CUT = 140  # uneven on purpose
 def _enter(rank, scenario, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
-    try:
-        scenario(rank)
-        dist.barrier()  # a rank that leaves early can abort the other one's threads
-    finally:
-        dist.destroy_process_group()
+    scenario(rank)
+    dist.barrier()
+    # No teardown: when one rank is gone, gloo's threads in the other abort the process now and then
+    # ("terminate called without an active exception"). Failures have been raised before this line.
+    os._exit(0)
 
 
 def run(scenario, tmp_path):

@@ -12,6 +12,7 @@ from dilkern import (
     fused_preference_loss,
     linear_logps,
     preference_loss,
+    preference_metrics,
     reference,
 )
 
@@ -204,6 +205,9 @@ def test_max_log_ratio_keeps_extreme_ratios_finite_and_counts_them():
     assert torch.isfinite(out.loss) and torch.isfinite(states.grad).all()
     assert states.grad[2].abs().max() > 0  # a clamp would have left the rejected sample alone
     assert out.clip_fraction.item() == 0.5
+    assert out.chosen_clipped.tolist() == out.rejected_clipped.tolist() == [True, False]
+    metrics = preference_metrics(out)
+    assert metrics["clip_frac/chosen"] == metrics["clip_frac/rejected"] == 0.5
     with pytest.raises(ValueError, match="strict"):
         fused_dil_loss(states, weight, labels, ref_logps=ref, length_normalize=False, strict=True)
 

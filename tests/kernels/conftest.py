@@ -5,10 +5,8 @@ The variable must be set before Triton is imported, hence the environment and no
 
 import os
 import sys
-import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,49 +16,6 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 def pytest_ignore_collect(collection_path, config):
     return True if collection_path.name.startswith("test_") and not INTERPRET else None
-
-
-if INTERPRET:
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    # Triton keeps bf16 as raw uint16 in the interpreter: its dot multiplies bit patterns and its
-    # cast truncates (3.6 to 3.9). These two functions make both right.
-    _builder, _handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-    _dot, _cast = _builder.create_dot, _builder.cast_impl
-
-    def _widen(bits):
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-
-    def _round(values):
-        values = np.asarray(values, np.float32)
-        bits = values.view(np.uint32).astype(np.uint64)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
-
-    def _cast_impl(self, source, target):
-        old, new = source.dtype.scalar, target.scalar
-        if old == tl.bfloat16 and new == tl.float32:
-            return _handle(_widen(source.data), new)
-        if old == tl.float32 and new == tl.bfloat16:
-            return _handle(_round(source.data), new)
-        return _cast(self, source, target)
-
-    def _create_dot(self, a, b, d, *rest):
-        def up(x):
-            return _handle(_widen(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
-
-        return _dot(self, up(a), up(b), d, *rest)
-
-    _builder.cast_impl, _builder.create_dot = _cast_impl, _create_dot
-
-
-@pytest.fixture(autouse=True)
-def quiet_numpy():
-    """NaN and Inf are inputs here; NumPy's warnings about them are the interpreter's, not ours."""
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
-        yield
 
 
 @pytest.fixture(autouse=True)
