@@ -119,8 +119,7 @@ def store_softmax_tile(
         z = tl.where(wrong, z, -float("inf"))
     exponent = tl.ceil(tl.max(z, 1) * LOG2E)
     base = tl.where(exponent == -float("inf"), 0.0, exponent)
-    # Fused on purpose: the product alone would be rounded at the size of z, not of the difference.
-    e = tl.exp2(tl.fma(z, LOG2E, -base[:, None]))
+    e = tl.exp2(z * LOG2E - base[:, None])
     at = offs_t.to(tl.int64) * tiles + tile
     tl.store(exponents_ptr + at, exponent, mask=mask_t)
     tl.store(sums_ptr + at, tl.sum(e, 1), mask=mask_t)
