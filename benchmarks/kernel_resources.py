@@ -76,6 +76,7 @@ def cases(arch: str | None = None) -> Iterator[Case]:
                 yield Case("dz_tile", name, dtype, variant)
                 if dtype != "float16":
                     yield Case("chunk_softmax", name, dtype, variant)
+                    yield Case("chunk_dz", name, dtype, variant)
         for dtype in ("bfloat16", "float32"):
             yield Case("target_logit", name, dtype, "all")
             yield Case("fold_block", name, dtype, "plain")
@@ -125,8 +126,8 @@ def _describe(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], tuple[st
             "reference_ptr",
             "exponents_ptr",
             "sums_ptr",
-            "z_y_ptr",
-            "logps_ptr",
+            "lse_ptr",
+            "lost_ptr",
             "miss_ptr",
             "g_ptr",
         )
@@ -140,8 +141,11 @@ def _describe(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], tuple[st
         else:
             from dilkern.kernels.dz_tile import _dz_tile_kernel as kernel
         return kernel, signature, constants, aligned, row
-    if case.kernel == "chunk_softmax":
-        from dilkern.kernels.chunk_softmax import _chunk_softmax_kernel as kernel
+    if case.kernel in ("chunk_softmax", "chunk_dz"):
+        if case.kernel == "chunk_softmax":
+            from dilkern.kernels.chunk_softmax import _chunk_softmax_kernel as kernel
+        else:
+            from dilkern.kernels.chunk_dz import _chunk_dz_kernel as kernel
 
         row = configs.chunk(device)
         constants = {"BLOCK_T": row.block_t, "BLOCK_V": row.block, **flags, **no_bias}
@@ -173,6 +177,7 @@ def _describe(case: Case) -> tuple[Any, dict[str, str], dict[str, Any], tuple[st
         "w_ptr": pointer if case.kernel == "target_logit" else "*u8",
         "bias_ptr": pointer,
         "p_ptr": pointer,
+        "dz_ptr": pointer,
         "out_ptr": pointer,
         "packed_ptr": "*u8",
         "absmax_ptr": "*u8",

@@ -35,7 +35,7 @@ def _linear_logps(
     workspace_bytes: int,
     need_u: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return token_logps (T,), scored positions (N,), their logps and lse (N,), u (N, D)."""
+    """Return token_logps (T,), scored positions (N,), their logps (N,) and lse (2, N), u (N, D)."""
     head = rebuild(head_spec, head_tensors, hidden.device)
     # The callers' autocast would round what is kept in fp32 here on purpose.
     with torch.autocast(hidden.device.type, enabled=False):
@@ -59,7 +59,7 @@ def _(hidden: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
         hidden.new_empty(labels.shape, dtype=acc),
         labels.new_empty(num_scored, dtype=torch.int64),
         hidden.new_empty(num_scored, dtype=acc),
-        hidden.new_empty(num_scored, dtype=acc),
+        hidden.new_empty(2, num_scored, dtype=acc),
         hidden.new_empty(num_scored if need_u else 0, hidden.shape[1], dtype=u_dtype),
     )
 
@@ -94,7 +94,7 @@ def _head_backward(
     labels: Tensor,  # (T,)
     scored: Tensor,  # (N,)
     logps: Tensor,  # (N,)
-    lse: Tensor,  # (N,)
+    lse: Tensor,  # (2, N)
     head_tensors: Sequence[Tensor],
     head_spec: str,
     needed: Sequence[bool],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dilkern.kernels import configs
 from dilkern.kernels.operands import tile_operands
-from dilkern.kernels.tile_math import LOG2E, add_bias, logits, product
+from dilkern.kernels.tile_math import add_bias, product, store_dz_tile
 
 
 @triton.jit(do_not_specialize=["n", "v", "start"])
@@ -20,10 +20,10 @@ def _dz_tile_kernel(
     w,  # (v, d) pointer or descriptor
     bias_ptr,  # (v,) or None
     labels_ptr,  # (n,)
-    z_y_ptr,  # (n,) target logits
-    logps_ptr,  # (n,)
-    miss_ptr,  # (n,) 1 - p_y
-    g_ptr,  # (n,) d loss / d logp, times scale
+    lse_ptr,  # (n,)
+    lost_ptr,  # (n,)
+    miss_ptr,  # (n,)
+    g_ptr,  # (n,)
     dz_ptr,  # (n, v) out
     n,
     v,
@@ -63,34 +63,34 @@ def _dz_tile_kernel(
         EVEN_D,
         PRECISION,
     )
-    offs_t = row + tl.arange(0, BLOCK_T)
-    offs_v = word + tl.arange(0, BLOCK_V)
-    mask_t = offs_t < n
-    raw = add_bias(raw, bias_ptr, offs_v, v)
-    z, t = logits(raw, scale, softcap, SCALED, CAPPED)
-    z_y = tl.load(z_y_ptr + offs_t, mask=mask_t, other=0.0)
-    logps = tl.load(logps_ptr + offs_t, mask=mask_t, other=0.0)
-    g = tl.load(g_ptr + offs_t, mask=mask_t, other=0.0)
-    label = (tl.load(labels_ptr + offs_t, mask=mask_t, other=-1) - start).to(tl.int32)
-    # Not z - lse: lse is a rounded difference of these two, and large where both logits are.
-    dz = -tl.exp2(((z - z_y[:, None]) + logps[:, None]) * LOG2E)
-    if tl.sum(((label >= word) & (label < word + BLOCK_V)).to(tl.int32), 0) > 0:
-        miss = tl.load(miss_ptr + offs_t, mask=mask_t, other=0.0)
-        dz = tl.where(offs_v[None, :] == label[:, None], miss[:, None], dz)
-    dz *= g[:, None]
-    if CAPPED:
-        dz *= 1.0 - t * t
-    inside = mask_t[:, None] & (offs_v[None, :] < v)
-    ptrs = dz_ptr + offs_t.to(tl.int64)[:, None] * stride_dz + offs_v[None, :]
-    tl.store(ptrs, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+    raw = add_bias(raw, bias_ptr, word + tl.arange(0, BLOCK_V), v)
+    store_dz_tile(
+        raw,
+        row + tl.arange(0, BLOCK_T),
+        word,
+        labels_ptr,
+        lse_ptr,
+        lost_ptr,
+        miss_ptr,
+        g_ptr,
+        dz_ptr,
+        n,
+        v,
+        start,
+        stride_dz,
+        scale,
+        softcap,
+        BLOCK_V,
+        SCALED,
+        CAPPED,
+    )
 
 
 def dz_tile(
     h: Tensor,  # (n, D)
     weight: Tensor,  # (v, D)
     labels: Tensor,  # (n,) word numbers in the whole vocabulary
-    z_y: Tensor,  # (n,) fp32 target logits
-    logps: Tensor,  # (n,) fp32
+    lse: Tensor,  # (2, n) fp32 log-sum-exp, and what rounding it lost
     miss: Tensor,  # (n,) fp32, 1 - p_y
     g: Tensor,  # (n,) fp32
     dz: Tensor,  # (n, v) written
@@ -100,7 +100,7 @@ def dz_tile(
     scale: float = 1.0,
     softcap: float = 0.0,
 ) -> None:
-    """Write g (1[v = y] - p_v) (1 - (z_v / softcap)^2); `g` carries the factor `scale`."""
+    """Write g (1[v = y] - p_v) (1 - (z_v / softcap)^2); see tile_math.store_dz_tile."""
     n, v = dz.shape
     config = configs.tile(h.device, h.dtype)
     operands = tile_operands(h, weight, config)
@@ -109,8 +109,8 @@ def dz_tile(
         operands.w,
         bias,
         labels,
-        z_y,
-        logps,
+        lse[0],
+        lse[1],
         miss,
         g,
         dz,

@@ -11,6 +11,9 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# log2 e in two parts; the first has 12 significant bits.
+LOG2E_HIGH = tl.constexpr(1.4423828125)
+LOG2E_LOW = tl.constexpr(0.0003122283889634)
 # P is written relative to the row's running reference, and to its own tile's maximum only where that
 # lies more than this many powers of two higher: 2^11 stays in range for fp16.
 SLACK = tl.constexpr(11.0)
@@ -81,6 +84,16 @@ def logits(raw, scale, softcap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def excess(x, exponent):
+    """x log2(e) - exponent, for exponent near it, with the digits that one product would lose."""
+    high = (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    exact = high * LOG2E_HIGH - exponent  # 12 bits times 12 bits: nothing is rounded
+    rest = exact + ((x - high) * LOG2E + high * LOG2E_LOW)
+    # Beyond |x| = 2^24 neighbours of x lie further apart than 1; which of them is not known.
+    return tl.minimum(tl.maximum(rest, -1.0), 1.0)
+
+
+@triton.jit
 def store_softmax_tile(
     raw,  # (BLOCK_T, BLOCK_V) fp32 products with bias
     offs_t,
@@ -117,9 +130,12 @@ def store_softmax_tile(
         # The target is kept out: its factor 1 - p_y is taken exactly, from logp, elsewhere.
         wrong = (offs_v[None, :] < v) & (offs_v[None, :] != label[:, None])
         z = tl.where(wrong, z, -float("inf"))
-    exponent = tl.ceil(tl.max(z, 1) * LOG2E)
-    base = tl.where(exponent == -float("inf"), 0.0, exponent)
-    e = tl.exp2(z * LOG2E - base[:, None])
+    peak = tl.max(z, 1)
+    exponent = tl.ceil(peak * LOG2E)
+    empty = exponent == -float("inf")
+    base, peak = tl.where(empty, 0.0, exponent), tl.where(empty, 0.0, peak)
+    # Not z log2(e) - base: that product's rounding is relative to z, which may be large.
+    e = tl.exp2((z - peak[:, None]) * LOG2E + excess(peak, base)[:, None])
     at = offs_t.to(tl.int64) * tiles + tile
     tl.store(exponents_ptr + at, exponent, mask=mask_t)
     tl.store(sums_ptr + at, tl.sum(e, 1), mask=mask_t)
@@ -127,10 +143,51 @@ def store_softmax_tile(
         reference = tl.load(reference_ptr + offs_t, mask=mask_t, other=0.0)
         local = tl.where(exponent > reference + SLACK, exponent, reference)
         # A tile without a wrong word has e = 0, whatever the factor.
-        local = tl.where(exponent == -float("inf"), 0.0, local)
+        local = tl.where(empty, 0.0, local)
         p = e * tl.exp2(base - local)[:, None]
         if CAPPED:
             p *= 1.0 - t * t
         ptrs = p_ptr + offs_t.to(tl.int64)[:, None] * stride_p + offs_v[None, :]
         inside = mask_t[:, None] & (offs_v[None, :] < v)
         tl.store(ptrs, p.to(p_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_dz_tile(
+    raw,  # (BLOCK_T, BLOCK_V) fp32 products with bias
+    offs_t,
+    word,  # first word of the tile within the vocabulary block
+    labels_ptr,  # (n,)
+    lse_ptr,  # (n,) log-sum-exp
+    lost_ptr,  # (n,) what rounding it lost
+    miss_ptr,  # (n,) 1 - p_y
+    g_ptr,  # (n,) d loss / d logp, times scale
+    dz_ptr,  # (n, v) out
+    n,
+    v,
+    start,
+    stride_dz,
+    scale,
+    softcap,
+    BLOCK_V: tl.constexpr,
+    SCALED: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """Store g (1[v = y] - p) (1 - (z / softcap)^2): the gradient of the logits, to the factor scale."""
+    mask_t = offs_t < n
+    offs_v = word + tl.arange(0, BLOCK_V)
+    z, t = logits(raw, scale, softcap, SCALED, CAPPED)
+    lse = tl.load(lse_ptr + offs_t, mask=mask_t, other=0.0)
+    lost = tl.load(lost_ptr + offs_t, mask=mask_t, other=0.0)
+    g = tl.load(g_ptr + offs_t, mask=mask_t, other=0.0)
+    label = (tl.load(labels_ptr + offs_t, mask=mask_t, other=-1) - start).to(tl.int32)
+    dz = -tl.exp2(((z - lse[:, None]) - lost[:, None]) * LOG2E)
+    if tl.sum(((label >= word) & (label < word + BLOCK_V)).to(tl.int32), 0) > 0:
+        miss = tl.load(miss_ptr + offs_t, mask=mask_t, other=0.0)
+        dz = tl.where(offs_v[None, :] == label[:, None], miss[:, None], dz)
+    dz *= g[:, None]
+    if CAPPED:
+        dz *= 1.0 - t * t
+    inside = mask_t[:, None] & (offs_v[None, :] < v)
+    ptrs = dz_ptr + offs_t.to(tl.int64)[:, None] * stride_dz + offs_v[None, :]
+    tl.store(ptrs, dz.to(dz_ptr.dtype.element_ty), mask=inside)

@@ -37,7 +37,7 @@ class HeadView(Protocol):
 
 class Forward(NamedTuple):
     logps: Tensor  # (N,) log p(label), accumulation dtype
-    lse: Tensor  # (N,) log-sum-exp of the logits, accumulation dtype
+    lse: Tensor  # (2, N) log-sum-exp of the logits, accumulation dtype: rounded, and what that lost
     u: Tensor  # (N, D) d logp / d hidden, or (0, D) if not asked for
 
 
@@ -65,9 +65,9 @@ class Backend(Protocol):
         rows: Tensor,
         labels: Tensor,
         head: HeadView,
-        logps: Tensor,
-        lse: Tensor,
-        grad_logps: Tensor,
+        logps: Tensor,  # (N,)
+        lse: Tensor,  # (2, N)
+        grad_logps: Tensor,  # (N,)
         *,
         needed: Sequence[bool],
         workspace_bytes: int,
@@ -116,6 +116,38 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype | None = None) -
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Statistics are fp32, and fp64 for fp64 inputs."""
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+class Normalized(NamedTuple):
+    """What the sums of one pass come to, per row."""
+
+    logps: Tensor  # (n,) log p(label) (5)
+    share: Tensor  # (n,) exp(reference - log-sum-exp): the factor that makes exp(z - reference) p
+    lse: Tensor  # (2, n)
+
+
+def normalize(
+    z_y: Tensor,  # (n,) logits of the labels
+    total: Tensor,  # (n,) sum over wrong words of exp(z - reference)
+    reference: Tensor,  # (n,)
+    reference_low: Tensor | float = 0.0,  # digits that `reference` does not hold
+) -> Normalized:
+    """Turn the sums of a pass into log-probs, without overflow or cancellation (5).
+
+    The log-sum-exp comes in two parts, because exp(z - lse) in backward has the error of lse, and a
+    large lse rounded once is off by more than the logits are.
+    """
+    lead = (z_y - reference) - reference_low
+    ahead = lead > 0
+    small = (-lead.abs()).exp()
+    over, rest = torch.log1p(total * small), torch.log(total + small)
+    share = torch.where(ahead, small / (1 + total * small), 1 / (total + small))
+    base = torch.where(ahead, z_y, reference)
+    added = torch.where(ahead, over, rest + reference_low)
+    lse = base + added
+    rounded = lse - base
+    lost = (base - (lse - rounded)) + (added - rounded)  # exact, whichever is larger (Knuth)
+    return Normalized(torch.where(ahead, -over, lead - rest), share, torch.stack((lse, lost)))
 
 
 class Blocks(NamedTuple):

@@ -11,7 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dilkern.backends.base import Blocks, Forward, HeadView, accumulation_dtype, plan_blocks
+from dilkern.backends.base import (
+    Blocks,
+    Forward,
+    HeadView,
+    accumulation_dtype,
+    normalize,
+    plan_blocks,
+)
 
 # A row's reference is moved when a logit passes it by more than this: exp stays in range in every
 # dtype that holds P (fp16: e^8 = 2981), and U is rescaled only rarely.
@@ -49,11 +56,12 @@ def _matmul(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
     return torch.mm(a.to(acc), b.to(acc))
 
 
-def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b in the dtype of `total`; writes into `total` where the library can."""
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in the dtype of `total`, the product never rounded to 16 bits on the way."""
     if _wide_products(b):
-        return torch.addmm(total, a.to(b.dtype), b, out_dtype=total.dtype)
-    return total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        torch.addmm(total, a.to(b.dtype), b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 class Logits(NamedTuple):
@@ -124,7 +132,7 @@ def forward(
     acc = accumulation_dtype(hidden.dtype)
     n_tokens, width = rows.numel(), hidden.shape[1]
     blocks = _plan(n_tokens, head, hidden, workspace_bytes)
-    logps, lse = hidden.new_empty(n_tokens, dtype=acc), hidden.new_empty(n_tokens, dtype=acc)
+    logps, lse = hidden.new_empty(n_tokens, dtype=acc), hidden.new_empty(2, n_tokens, dtype=acc)
     # fp16 cannot hold the small u of a confident token; its gradient is scaled later, by g.
     u_dtype = acc if hidden.dtype is torch.float16 else hidden.dtype
     u = hidden.new_empty(n_tokens if need_u else 0, width, dtype=u_dtype)
@@ -148,18 +156,10 @@ def forward(
             if mean_w is not None:
                 if slope is not None:
                     p.mul_(slope)
-                mean_w = _add_matmul(mean_w.mul_(decay.unsqueeze(1)), p, weight)
+                _add_matmul(mean_w.mul_(decay.unsqueeze(1)), p, weight)
             del z, p, slope, weight
-        lead = z_y - reference
-        ahead = lead > 0
-        small = (-lead.abs()).exp()
-        logps[part] = torch.where(
-            ahead, -torch.log1p(total * small), lead - torch.log(total + small)
-        )
-        lse[part] = z_y - logps[part]
+        logps[part], share, lse[:, part] = normalize(z_y, total, reference)
         if mean_w is not None:
-            # 1 / sum of all exp, seen from `reference`: exp(reference - lse), p_v of (6)
-            share = torch.where(ahead, small / (1 + total * small), 1 / (total + small))
             miss = -torch.expm1(logps[part])
             if slope_y is not None:
                 miss = miss * slope_y
@@ -174,7 +174,7 @@ def head_backward(
     labels: Tensor,
     head: HeadView,
     logps: Tensor,
-    lse: Tensor,
+    lse: Tensor,  # (2, N)
     grad_logps: Tensor,
     *,
     needed: Sequence[bool],
@@ -185,7 +185,11 @@ def head_backward(
     n_tokens = rows.numel()
     blocks = _plan(n_tokens, head, hidden, workspace_bytes)
     gradients, columns = head.new_gradients(needed), head.gradient_columns(needed)
-    miss = -torch.expm1(logps)
+    bias = head.bias()
+    # exp(z - lse) is exp(z - lse[0]) but for this factor, which g takes in.
+    correction = torch.exp(-lse[1])
+    miss = -torch.expm1(logps) / correction
+    g = grad_logps * head.scale * correction
     for start in range(0, head.vocab_size, blocks.vocab):
         end = min(start + blocks.vocab, head.vocab_size)
         weight = head.block(start, end, hidden.dtype)
@@ -194,14 +198,15 @@ def head_backward(
         for part in _row_blocks(n_tokens, blocks.rows):
             h, y = hidden.index_select(0, rows[part]), labels[part]
             z, slope = _block_logits(h, weight, head, start, end, acc, True)
-            dz = z.sub_(lse[part].unsqueeze(1)).exp_().neg_()
+            dz = z.sub_(lse[0, part].unsqueeze(1)).exp_().neg_()
             _replace_targets(dz, y, start, miss[part])
-            dz.mul_((grad_logps[part] * head.scale).unsqueeze(1))
+            dz.mul_(g[part].unsqueeze(1))
             if slope is not None:
                 dz.mul_(slope)
-            d_bias += dz.sum(0)
+            if bias is not None:
+                d_bias += dz.sum(0)
             if d_weight.shape[1]:
-                d_weight = _add_matmul(d_weight, dz.t(), h[:, columns])
+                _add_matmul(d_weight, dz.t(), h[:, columns])
             del z, dz, slope
         head.add_block_gradient(gradients, start, end, d_weight, d_bias)
     return gradients

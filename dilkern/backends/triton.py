@@ -16,9 +16,10 @@ import torch
 import triton
 from torch import Tensor
 
-from dilkern.backends.base import Blocks, Forward, HeadView, plan_blocks
+from dilkern.backends.base import Blocks, Forward, HeadView, normalize, plan_blocks
 from dilkern.backends.torch import _add_matmul, _matmul, _row_blocks, _wide_products
 from dilkern.kernels import configs
+from dilkern.kernels.chunk_dz import chunk_dz
 from dilkern.kernels.chunk_softmax import chunk_softmax
 from dilkern.kernels.dz_tile import dz_tile
 from dilkern.kernels.fold_block import fold_block
@@ -65,7 +66,7 @@ def _plan(
 ) -> Blocks:
     """Choose how many tokens and words are in work at once; from shapes, dtype and head alone."""
     width, size = hidden.shape[1], hidden.dtype.itemsize
-    # Rows of H and of W for the labels as given, padded and widened, U twice (addmm), the state.
+    # Rows of H and of W for the labels as given, padded and widened, U, the state.
     per_row = 16 * width + 128
     probe = head.block(0, 1, hidden.dtype) if head.vocab_size else hidden
     # A head that hands out views costs nothing per word, any other as much as plan_blocks says.
@@ -169,7 +170,7 @@ def _pass_over_vocabulary(
             del z
         fold_block(exponents, sums, top, total, reference, p, mean_w, tile=tile)
         if need_u:
-            mean_w = _add_matmul(mean_w, p, weight)
+            _add_matmul(mean_w, p, weight)
         del p, weight, exponents, sums
     return Pass(top, total, reference, mean_w)
 
@@ -187,7 +188,7 @@ def forward(
     n_tokens, width, dtype = rows.numel(), hidden.shape[1], hidden.dtype
     own = configs.own_product(hidden.device, dtype, width)
     blocks = _plan(n_tokens, head, hidden, workspace_bytes, own=own)
-    logps, lse = (hidden.new_empty(n_tokens, dtype=torch.float32) for _ in range(2))
+    logps, lse = (hidden.new_empty(*k, n_tokens, dtype=torch.float32) for k in ((), (2,)))
     # fp16 cannot hold the small u of a confident token; its gradient is scaled later, by g.
     u_dtype = torch.float32 if dtype is torch.float16 else dtype
     u = hidden.new_empty(n_tokens if need_u else 0, width, dtype=u_dtype)
@@ -199,16 +200,11 @@ def forward(
             top, total, reference, mean_w = _pass_over_vocabulary(
                 h, y, head, blocks.vocab, own, need_u
             )
-        lead = (z_y - top * _LN2_HIGH) - top * _LN2_LOW
-        ahead = lead > 0
-        small = (-lead.abs()).exp()
-        logps[part] = torch.where(
-            ahead, -torch.log1p(total * small), lead - torch.log(total + small)
+        logps[part], share, lse[:, part] = normalize(
+            z_y, total, top * _LN2_HIGH, top * _LN2_LOW
         )
-        lse[part] = z_y - logps[part]
         if need_u:
-            # exp(top - lse), then from `top` to the reference of U (6).
-            share = torch.where(ahead, small / (1 + total * small), 1 / (total + small))
+            # From `top` to the reference of U (6).
             share *= torch.where(top == reference, 1.0, torch.exp2(reference - top))
             miss = -torch.expm1(logps[part])
             if head.softcap:
@@ -232,15 +228,11 @@ def head_backward(
 ) -> list[Tensor | None]:
     """Recompute the logits block by block and hand each block's gradient to the head (8)."""
     n_tokens, dtype = rows.numel(), hidden.dtype
-    blocks = _plan(n_tokens, head, hidden, workspace_bytes, own=True, head_gradient=True)
+    own = configs.own_product(hidden.device, dtype, hidden.shape[1])
+    blocks = _plan(n_tokens, head, hidden, workspace_bytes, own=own, head_gradient=True)
     gradients, columns = head.new_gradients(needed), head.gradient_columns(needed)
     bias = head.bias()
     miss = -torch.expm1(logps)
-    z_y = torch.empty_like(logps)
-    for part in _row_blocks(n_tokens, blocks.rows):
-        h, y = hidden.index_select(0, rows[part]), labels[part]
-        with on_device(hidden):
-            z_y[part] = _target_logits(h, head.gather(y, dtype).contiguous(), y, head)
     g = grad_logps.float() * head.scale
     if dtype is torch.float16 and n_tokens:
         # Small g p would vanish in fp16: the largest |g| becomes 1 here, and g again at the end.
@@ -251,27 +243,28 @@ def head_backward(
         weight = head.block(start, end, dtype)
         d_weight = torch.zeros_like(weight[:, columns], dtype=torch.float32)
         d_bias = weight.new_zeros(end - start, dtype=torch.float32)
+        settings = {
+            "start": start,
+            "bias": None if bias is None else bias[start:end],
+            "scale": head.scale,
+            "softcap": head.softcap,
+        }
         for part in _row_blocks(n_tokens, blocks.rows):
             h, y = hidden.index_select(0, rows[part]), labels[part]
-            dz = h.new_empty(y.numel(), end - start)
+            per_row = (y, lse[:, part], miss[part], g[part])
             with on_device(hidden):
-                dz_tile(
-                    h,
-                    weight,
-                    y,
-                    z_y[part],
-                    logps[part],
-                    miss[part],
-                    g[part],
-                    dz,
-                    start=start,
-                    bias=None if bias is None else bias[start:end],
-                    scale=head.scale,
-                    softcap=head.softcap,
-                )
-            d_bias += dz.sum(0, dtype=torch.float32)
+                if own:
+                    dz = h.new_empty(y.numel(), blocks.vocab)[:, : end - start]
+                    dz_tile(h, weight, *per_row, dz, **settings)
+                else:
+                    z = _matmul(h, weight.t(), torch.float32)
+                    dz = z if dtype is z.dtype else h.new_empty(z.shape)
+                    chunk_dz(z, *per_row, dz, **settings)
+                    del z
+            if bias is not None:
+                d_bias += dz.sum(0, dtype=torch.float32)
             if d_weight.shape[1]:
-                d_weight = _add_matmul(d_weight, dz.t(), h[:, columns])
+                _add_matmul(d_weight, dz.t(), h[:, columns])
             del dz
         if dtype is torch.float16 and n_tokens:
             d_weight.mul_(peak)

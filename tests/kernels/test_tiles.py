@@ -1,10 +1,12 @@
 """Each kernel of the vocabulary pass by itself: against fp64, nothing written outside, int64."""
 
+import numpy as np
 import pytest
 import torch
 from guard import guarded
 
 from dilkern.kernels import configs
+from dilkern.kernels.chunk_dz import chunk_dz
 from dilkern.kernels.chunk_softmax import chunk_softmax
 from dilkern.kernels.dz_tile import dz_tile
 from dilkern.kernels.fold_block import fold_block
@@ -90,16 +92,19 @@ def test_p_and_statistics(dtype, shape, options, path):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "capped"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_dz(dtype, shape, options, form):
+def test_dz(dtype, shape, options, path):
     n, v, _ = shape
     h, w, bias, labels, start = make(shape, dtype)
     z = logits_of(h.double(), w.double(), bias.double(), **options)
     lse, miss, g = z.logsumexp(1) + torch.rand(n), torch.rand(n), torch.randn(n)
-    logps = -3 * torch.rand(n)
-    z_y = (lse + logps).float()
-    lse = z_y.double() - logps
+    high = (lse + torch.rand(n)).float()  # the second part matters as much as the first
+    parts = torch.stack((high, (lse - high).float()))
     dz, intact = guarded(n, v, dtype=dtype)
-    dz_tile(h, w, labels, z_y, logps, miss, g, dz, start=start, bias=bias, **options)
+    settings = {"start": start, "bias": bias, **options}
+    if configs.own_product():
+        dz_tile(h, w, labels, parts, miss, g, dz, **settings)
+    else:
+        chunk_dz(h.float() @ w.float().T, labels, parts, miss, g, dz, **settings)
     intact()
     expected = -(z - lse[:, None]).exp()
     local = labels - start
@@ -178,10 +183,15 @@ def test_fold_brings_p_and_u_to_one_reference(dtype, shape):
     assert torch.equal(alone[0], top) and torch.equal(alone[1], total)
 
 
-def far_rows(rows, width, dtype):
-    """(rows, width) with 2^30 elements from row to row; lazily allocated, so little is touched."""
+def untouched(size, dtype):
+    """Zeros whose pages come into being when they are used (torch.zeros writes to all of them)."""
+    return torch.from_numpy(np.zeros(size, dtype))
+
+
+def far_rows(rows, width):
+    """(rows, width) in fp16 with 2^30 elements from row to row."""
     stride = 1 << 30
-    storage = torch.zeros((rows - 1) * stride + width, dtype=dtype)
+    storage = untouched((rows - 1) * stride + width, np.float16)
     return storage.as_strided((rows, width), (stride, 1))
 
 
@@ -189,7 +199,7 @@ def test_offsets_past_2_to_the_31(form):
     """Rows 2 and 3 lie past 2^31 elements: an int32 product would wrap and read elsewhere."""
     torch.manual_seed(0)
     near_h, near_w = torch.randn(4, 16).half(), torch.randn(4, 16).half()
-    h, w, p = (far_rows(4, 16, torch.float16) for _ in range(3))
+    h, w, p = (far_rows(4, 16) for _ in range(3))
     h.copy_(near_h)
     w.copy_(near_w)
     p = p[:, :4]
@@ -204,15 +214,19 @@ def test_offsets_past_2_to_the_31(form):
     target_logit(near_h, near_w, z_near)
     assert torch.equal(z_far, z_near)
     lse = torch.full((4,), 5.0)
-    dz_tile(h, w, labels, lse, -lse, lse, lse, p, start=0)
-    dz_tile(near_h, near_w, labels, lse, -lse, lse, lse, other_p, start=0)
+    parts = torch.stack((lse, torch.zeros(4)))
+    dz_tile(h, w, labels, parts, lse, lse, p, start=0)
+    dz_tile(near_h, near_w, labels, parts, lse, lse, other_p, start=0)
     assert torch.equal(p, other_p)
+    p.zero_()
+    chunk_dz((near_h @ near_w.T).float(), labels, parts, lse, lse, p, start=0)
+    torch.testing.assert_close(p, other_p)
 
 
 def test_4bit_offsets_past_2_to_the_31():
     d, blocksize = 4096, 4096
     v = (1 << 31) // d + 3
-    packed = torch.zeros(v * d // 2, dtype=torch.uint8)
+    packed = untouched(v * d // 2, np.uint8)
     packed[-d // 2 :] = torch.randint(0, 256, (d // 2,), dtype=torch.uint8)
     absmax = torch.ones(v * d // blocksize)
     absmax[-1] = 2.0
