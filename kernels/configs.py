@@ -79,7 +79,7 @@ _DECODE_ANY = Rows(4, 512, 4)
 _SEQUENCE = {"interpreter": Rows(1, 64, 1)}
 _SEQUENCE_ANY = Rows(1, 1024, 4)
 
-# Largest hidden size at which P comes from our own product (`logps_tiles`); above it the library
+# Largest hidden size at which P comes from our own product (`logps_forward`); above it the library
 # product and `chunk_softmax` take over. From the roofline of docs/kernels.md, not measured: the
 # library is ahead once its product is faster than ours by more than the traffic of fp32 logits.
 # fp32 always takes the library, which obeys PyTorch's TF32 settings by itself. ROCm always takes
@@ -110,7 +110,7 @@ def arch(device: torch.device) -> str:
 
 
 def tile(device: torch.device, dtype: torch.dtype) -> Tile:
-    """The tile of `logps_tiles` and `dz_tiles`."""
+    """The tile of `logps_forward` and `dz_tile`."""
     table = _TILES_32 if dtype is torch.float32 else _TILES_16
     return table[arch(device)]
 
@@ -136,7 +136,7 @@ def sequence(device: torch.device) -> Rows:
 
 
 def own_product(device: torch.device, dtype: torch.dtype, hidden_size: int) -> bool:
-    """Whether P comes from `logps_tiles` rather than from a library product; never of need_u."""
+    """Whether P and dz come from our own product rather than the library's; never of need_u."""
     return dtype is not torch.float32 and hidden_size <= _TILES_UP_TO_D[arch(device)]
 
 

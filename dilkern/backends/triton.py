@@ -200,9 +200,7 @@ def forward(
             top, total, reference, mean_w = _pass_over_vocabulary(
                 h, y, head, blocks.vocab, own, need_u
             )
-        logps[part], share, lse[:, part] = normalize(
-            z_y, total, top * _LN2_HIGH, top * _LN2_LOW
-        )
+        logps[part], share, lse[:, part] = normalize(z_y, total, top * _LN2_HIGH, top * _LN2_LOW)
         if need_u:
             # From `top` to the reference of U (6).
             share *= torch.where(top == reference, 1.0, torch.exp2(reference - top))

@@ -89,6 +89,27 @@ def test_p_and_statistics(dtype, shape, options, path):
     assert torch.equal(exponents, before[0]) and torch.equal(sums, before[1])
 
 
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e3])
+def test_exponentials_keep_their_digits_at_large_logits(size):
+    """z log2 e rounded in fp32 would be off by 6e-8 z: the sums and P must not."""
+    torch.manual_seed(0)
+    n, v = 64, 100
+    z = size * (1 + torch.rand(n, 1)) + torch.randn(n, v)
+    exact, labels = z.double(), torch.full((n,), v)
+    exponents, sums = torch.zeros(2, n, 1).unbind()
+    p, reference = torch.zeros(n, v), torch.full((n,), -float("inf"))
+    chunk_softmax(z, labels, reference, exponents, sums, p, start=0)
+    base = exponents.double() * 0.6931471805599453
+    tolerance = {"rtol": 2e-6, "atol": 1e-9}
+    torch.testing.assert_close(p.double(), (exact - base).exp(), **tolerance)
+    torch.testing.assert_close(sums.double(), (exact - base).exp().sum(1, True), **tolerance)
+    lse = exact.logsumexp(1)
+    parts = torch.stack((lse.float(), (lse - lse.float().double()).float()))
+    ones = torch.ones(n)
+    chunk_dz(z, labels, parts, ones, ones, p, start=0)
+    torch.testing.assert_close(-p.double(), exact.softmax(1), **tolerance)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "capped"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
