@@ -14,8 +14,8 @@ softmax is (gradient filtering skips tiny probabilities, rounding hurts large lo
   -log p(label) equals the mean entropy, as in a calibrated model.
 
 Every result row carries the mean p(label), the mean log p(label) and the mean entropy
-(`truth.Truth.sharpness`). The upstream gradient g has both signs and varies per token, like the slope of a
-preference loss with length normalisation: the first half of the sequences is chosen, the second
+(`truth.Truth.sharpness`). The upstream gradient g has both signs and varies per token, like the slope
+of a preference loss with length normalisation: the first half of the sequences is chosen, the second
 rejected.
 
 A head is dense, or a layer as users have it: `nf4` is a bitsandbytes Linear4bit made of the dense
@@ -58,8 +58,8 @@ HEADS = {
     "claim": HeadShape(32768, 512),
 }
 
-# frozen: gradient of the hidden states. trainable: also of the head (lora: of A and B). score: forward without
-# gradients (a reference model). step: score, then frozen (what a preference step does).
+# frozen: gradient of the hidden states. trainable: also of the head (lora: of A and B). score: forward
+# without gradients (a reference model). step: score, then frozen (what a preference step does).
 MODES = ("frozen", "trainable", "score", "step")
 KINDS = ("dense", "nf4", "lora")
 LORA_RANK, LORA_ALPHA, LORA_B_STD = 16, 32, 0.05

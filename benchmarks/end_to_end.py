@@ -241,7 +241,6 @@ class StepTask:
         clock.mark()
         return Timing(*clock.seconds() * 2)
 
-
     def fits(self, length: int) -> bool:
         """Whether a step on sequences of `length` ends without running out of memory."""
         self.ids, self.labels = make_batch(replace(self.setup, length=length, prompt=length // 4))

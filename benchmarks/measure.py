@@ -34,7 +34,12 @@ MIB = 2**20
 GEMM_BUFFER_MIB = {"cpu": 64, "cuda": 1024}
 MIN_ROUNDS = 3
 # What workers need; a package that is missing here costs its peer's row and nothing else.
-IMPORTS = ["benchmarks.measure", "trl.kernels.chunked_logprob", "liger_kernel.chunked_loss", "dilkern"]
+IMPORTS = [
+    "benchmarks.measure",
+    "trl.kernels.chunked_logprob",
+    "liger_kernel.chunked_loss",
+    "dilkern",
+]
 
 
 class Timing(NamedTuple):
