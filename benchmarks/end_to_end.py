@@ -295,9 +295,9 @@ def measure(
     try:
         truth = judge.call("gradients")
     finally:
-        judge.close()
         if isinstance(judge, Local):
-            judge.task = None
+            judge.task = None  # the fp64 copy goes before the models come
+        judge.close()
     rows: dict[str, dict[str, Any]] = {}
     workers: dict[str, Worker | Local] = {}
     budget: dict[str, float] = {}

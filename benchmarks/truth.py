@@ -80,7 +80,7 @@ def _exact(inputs: Inputs, outputs: tuple[str, ...]) -> Truth:
         logps.append(log_p.gather(1, labels.unsqueeze(1)).squeeze(1))
         entropy.append(-(p * log_p).nan_to_num_(0.0).sum(1))
         dz = -p
-        dz[torch.arange(len(labels)), labels] += 1
+        dz[torch.arange(len(labels), device=dz.device), labels] += 1
         u.append((dz * slope.to(dz.device)) @ weight)
     found = Truth(torch.cat(logps), torch.cat(entropy), torch.cat(u), {}, {})
     if case.mode == "trainable":
@@ -97,7 +97,7 @@ def _weight_gradient(inputs: Inputs, weight: Tensor, g: Tensor) -> Tensor:
         hidden, labels = inputs.hidden[part].double(), inputs.labels[part]
         z = softcapped(hidden @ weight.T, case.softcap)
         dz = z.softmax(1).neg_()
-        dz[torch.arange(len(labels)), labels] += 1
+        dz[torch.arange(len(labels), device=dz.device), labels] += 1
         if case.softcap:
             dz *= 1 - (z / case.softcap) ** 2
         total.addmm_((dz * g[part].unsqueeze(1)).T, hidden)
