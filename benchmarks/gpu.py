@@ -131,17 +131,17 @@ def execute(command: list[str], log: Path, limit: float) -> int:
 
         say(f"$ {' '.join(command)}\n")
         start = time.monotonic()
-        process = subprocess.Popen(
+        with subprocess.Popen(
             ["timeout", "-k", "5", f"{max(1, limit):.0f}", *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             cwd=ROOT,
             env=os.environ | settings,
-        )
-        for line in process.stdout:
-            say(line)
-        status = process.wait()
+        ) as process:
+            for line in process.stdout:
+                say(line)
+        status = process.returncode
         say(f"[exit {status} after {time.monotonic() - start:.0f} s]\n")
     return status
 

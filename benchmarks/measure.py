@@ -180,16 +180,15 @@ class Task:
             small = replace(case, tokens=2 * case.sequences, vocab=64)
             execute(self.peer, make_inputs(small, self.inputs.device).require_grads())
         with PeakMemory(self.inputs.device) as peak:
-            execute(self.peer, self.inputs)
+            self.out, _ = execute(self.peer, self.inputs)
         return found | {"peak_mib": peak.mib}
 
     def check(self, truth: Truth) -> dict[str, float]:
-        """Errors against fp64. The caller decides with `refusal`."""
-        out, _ = execute(self.peer, self.inputs)
+        """Errors of the run that `first` watched. The caller decides with `refusal`."""
         x = self.inputs
         trained = x.trained if x.case.mode == "trainable" else []
         grads = [tensor.grad for tensor in trained]
-        return errors(self.peer.output, out, x.hidden.grad, grads, x, truth)
+        return errors(self.peer.output, self.out, x.hidden.grad, grads, x, truth)
 
     def run(self) -> Timing:
         return execute(self.peer, self.inputs)[1]
@@ -440,7 +439,7 @@ def _rounds(
     plan: Plan,
     tick: Callable[[str], None],
 ) -> dict[str, list[Timing]]:
-    """Call all workers in turn, the order rotated each round (each has already run twice).
+    """Call all workers in turn, the order rotated each round (each has already run once).
 
     A peer that has used more than twice its share of `plan.seconds` leaves after MIN_ROUNDS, so that
     one slow peer does not eat the rounds of the others; its row says how many rounds it had.

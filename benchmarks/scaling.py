@@ -57,12 +57,7 @@ STUDIES = {
     ),
     "tiny": Study(
         Case("scaling", 16, 256, 16),
-        {
-            "tokens": (16, 32),
-            "vocab": (128, 256),
-            "hidden": (16, 32),
-            "workspace_mib": (1, 4),
-        },
+        {"tokens": (16, 32), "workspace_mib": (1, 4)},
         "naive,dilkern-torch",
     ),
 }
@@ -126,8 +121,9 @@ def picture(rows: list[dict[str, Any]], fits: list[dict[str, Any]], path: Path) 
     """Time and memory over each axis, the fitted exponents in the legend."""
     from matplotlib import pyplot as plt
 
-    names = list(CPU_AXES)
-    figure, axes = plt.subplots(2, len(names), figsize=(4 * len(names), 7), constrained_layout=True)
+    names = list(dict.fromkeys(f["axis"] for f in fits))
+    shape = {"figsize": (4 * len(names), 7), "squeeze": False, "constrained_layout": True}
+    figure, axes = plt.subplots(2, len(names), **shape)
     for column, axis in enumerate(names):
         for f in (f for f in fits if f["axis"] == axis):
             mine = [
