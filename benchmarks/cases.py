@@ -61,7 +61,6 @@ HEADS = {
 # frozen: gradient of the hidden states. trainable: also of the head (lora: of A and B). score: forward
 # without gradients (a reference model). step: score, then frozen (what a preference step does).
 MODES = ("frozen", "trainable", "score", "step")
-KINDS = ("dense", "nf4", "lora")
 LORA_RANK, LORA_ALPHA, LORA_B_STD = 16, 32, 0.05
 
 
@@ -75,7 +74,7 @@ class Case:
     hidden: int
     dtype: str = "float32"
     mode: str = "frozen"
-    kind: str = "dense"
+    kind: str = "dense"  # or "nf4", "lora"
     softcap: float = 0.0
     scaled: int = 1  # both V and D of the named head were divided by this
     sequences: int = 8
@@ -133,8 +132,9 @@ def _cpu() -> list[Case]:
 
 
 def _gpu() -> list[Case]:
-    """Most telling first, so that a short lease still gives a table: the goals of the project at
-    T = 8192, then other heads, then other numbers of tokens."""
+    """Most telling first, so that a short lease still gives a table: the sizes of the goals, other
+    heads, other numbers of tokens.
+    """
     bf16 = {"dtype": "bfloat16"}
     by_width = ("llama-3-8b", "llama-3.2-1b", "qwen3-0.6b")  # D = 4096, 2048, 1024
     goals = [

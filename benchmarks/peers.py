@@ -9,8 +9,8 @@ cannot give those, to the comparable scalar loss named by `output`:
 
 `Inputs.layer` is the head where it is not a dense weight; a peer that takes such layers says so
 (`layers`), the others refuse the case. Settings are the documented defaults of each package unless a
-note says otherwise. Packages are
-imported inside the calls: a peer that is not installed costs its own row only.
+note says otherwise. Packages are imported inside the calls: a peer that is not installed costs its
+own row only.
 """
 
 from __future__ import annotations
@@ -226,7 +226,6 @@ _LIST = (
         liger_dpo,
         output="dpo_loss",
         note="LigerFusedLinearDPOLoss, one pair per chunk; compiled on GPUs only",
-        compiles=True,
         softcap=False,
     ),
     Peer("liger-flce", "liger-kernel", _liger_flce("none"), note="reduction none", cuda_only=True),

@@ -140,6 +140,14 @@ def test_peers_on_layers(kind: str, mode: str) -> None:
     assert "LoRA" in rows["trl"]["reason"]
 
 
+def test_trl_cannot_take_the_packed_weight() -> None:
+    """What the reason of its NF4 row says."""
+    pytest.importorskip("trl")
+    x = make_inputs(replace(TINY, kind="nf4", hidden=64))
+    with pytest.raises(RuntimeError, match="shape"):
+        PEERS["trl"].call(replace(x, weight=x.layer.weight))
+
+
 def test_a_wrong_or_missing_adapter_gradient_is_refused() -> None:
     def wrong(x: Inputs) -> torch.Tensor:
         a, _ = x.trained
