@@ -10,15 +10,18 @@ adapter. Three ways to the log-probs, everything else the same:
   positions too: that is its own choice, kept;
 - dilkern: the backbone's hidden states and `linear_logps`.
 
-The first step's loss and adapter gradient must agree with an fp64 copy of the model within twice the
-error of naive before a row is written.
+The first step's loss and adapter gradient must agree with an fp64 copy of the model (of a 4-bit one,
+of its decoded weights) within twice the error of naive before a row is written; of a model with
+`checked_pairs` that is done on the first pairs of the batch. `--cap-gib 24` asks another question: the
+longest sequence whose step fits, found by bisection, one pair per step.
 """
 
 from __future__ import annotations
 
 import csv
-import time
-from dataclasses import asdict, dataclass
+import gc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,8 +32,9 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks import environment
-from benchmarks.cases import SEED
+from benchmarks.cases import SEED, build_layer
 from benchmarks.measure import (
+    Clock,
     Local,
     PeakMemory,
     Timing,
@@ -55,6 +59,9 @@ class Setup:
     device: str = "cpu"
     dtype: str = "float32"
     lora_r: int = 16
+    four_bit: bool = False  # NF4 but for the lm_head, as bitsandbytes in transformers has it
+    checkpoint: bool = False  # gradient checkpointing
+    checked_pairs: int = 0  # judged on so many pairs; 0: all
 
     @property
     def tokens(self) -> int:
@@ -72,29 +79,33 @@ def _llama(vocab: int, hidden: int, inner: int, layers: int, heads: int, kv: int
         num_attention_heads=heads,
         num_key_value_heads=kv,
         tie_word_embeddings=True,
+        max_position_embeddings=1 << 20,
     )
 
 
-def _qwen3() -> Any:
+def _qwen3(hidden: int, inner: int, layers: int, heads: int, tied: bool) -> Any:
     from transformers import Qwen3Config
 
     return Qwen3Config(
         vocab_size=151936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=16,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         num_key_value_heads=8,
         head_dim=128,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
+        max_position_embeddings=1 << 20,
     )
 
 
 MODELS = {
-    "micro": lambda: _llama(512, 32, 64, 1, 2, 2),
+    # No smaller: bitsandbytes 0.50 decodes wrongly on a CPU where D is no multiple of its block of 64.
+    "micro": lambda: _llama(512, 64, 128, 1, 2, 2),
     "tiny-llama-32k": lambda: _llama(32768, 256, 688, 4, 4, 2),
     "llama-3.2-1b": lambda: _llama(128256, 2048, 8192, 16, 32, 8),
-    "qwen3-0.6b": _qwen3,
+    "qwen3-0.6b": lambda: _qwen3(1024, 3072, 28, 16, True),
+    "qwen3-8b": lambda: _qwen3(4096, 12288, 36, 32, False),
 }
 
 
@@ -105,20 +116,48 @@ def build_model(setup: Setup, dtype: torch.dtype, fused: bool) -> Any:
     from trl.trainer.utils import add_fused_lm_head
 
     torch.manual_seed(SEED)
-    base = AutoModelForCausalLM.from_config(MODELS[setup.model]()).to(setup.device)
-    # Rounded to the measured dtype first: an fp64 copy is the truth of the same weights.
-    base = base.to(getattr(torch, setup.dtype)).to(dtype)
+    # Made in the measured dtype: an fp64 copy is the truth of the same weights.
+    with torch.device(setup.device):
+        base = AutoModelForCausalLM.from_config(
+            MODELS[setup.model](), dtype=getattr(torch, setup.dtype)
+        )
+    if setup.four_bit:
+        quantise(base, decoded=dtype is torch.float64)
+    if dtype is torch.float64:
+        base = base.double()
     if fused:
         add_fused_lm_head(base)
+    if setup.checkpoint:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
     targets = ["q_proj", "v_proj"]
-    model = get_peft_model(base, LoraConfig(r=setup.lora_r, target_modules=targets))
+    model = get_peft_model(base, LoraConfig(r=setup.lora_r, target_modules=targets)).train()
+    rng = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                drawn = 0.05 * torch.randn(parameter.shape, dtype=torch.float32)
+                drawn = 0.05 * torch.randn(parameter.shape, generator=rng)
                 parameter.copy_(drawn.to(getattr(torch, setup.dtype)))
                 assert "lora" in name
     return model
+
+
+def quantise(model: Any, decoded: bool) -> None:
+    """Put NF4 layers in the place of every linear layer but the lm_head, or their decoded weights."""
+    import bitsandbytes as bnb
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is not torch.nn.Linear or child is model.get_output_embeddings():
+                continue
+            layer = build_layer("nf4", child.weight)
+            assert child.bias is None and isinstance(layer, bnb.nn.Linear4bit)
+            if decoded:
+                packed = layer.weight
+                weight = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
+                child.weight = torch.nn.Parameter(weight, requires_grad=False)
+            else:
+                setattr(parent, name, layer)
 
 
 def make_batch(setup: Setup) -> tuple[Tensor, Tensor]:
@@ -165,7 +204,7 @@ class StepTask:
         dtype = torch.float64 if exact else getattr(torch, setup.dtype)
         self.model = build_model(setup, dtype, fused=method == "trl")
         self.ids, self.labels = make_batch(setup)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.parameters = [p for n, p in self.model.named_parameters() if "lora" in n]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
 
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
@@ -178,7 +217,9 @@ class StepTask:
     def gradients(self) -> tuple[float, Tensor]:
         """Loss and adapter gradient of the first step, without the step."""
         self.optimizer.zero_grad()
-        loss = self.loss(self.ids, self.labels)
+        pairs, checked = self.setup.pairs, self.setup.checked_pairs or self.setup.pairs
+        rows = [*range(checked), *range(pairs, pairs + checked)]  # chosen first
+        loss = self.loss(self.ids[rows], self.labels[rows])
         loss.backward()
         found = torch.cat([p.grad.flatten().double().cpu() for p in self.parameters])
         self.optimizer.zero_grad()
@@ -194,17 +235,30 @@ class StepTask:
         return {"peak_mib": peak.mib}
 
     def run(self) -> Timing:
-        cuda = self.setup.device == "cuda"
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+        clock = Clock(torch.device(self.setup.device))
         self.optimizer.zero_grad()
         self.loss(self.ids, self.labels).backward()
         self.optimizer.step()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        return Timing(seconds, seconds)
+        clock.mark()
+        return Timing(*clock.seconds() * 2)
+
+    def fits(self, length: int) -> bool:
+        """Whether a step on sequences of `length` ends without running out of memory."""
+        self.ids, self.labels = make_batch(replace(self.setup, length=length, prompt=length // 4))
+        try:
+            self.run()
+        except RuntimeError as error:
+            if not is_out_of_memory(str(error)):
+                raise
+            fitted = False
+        else:
+            fitted = True
+        # Outside the except block: the traceback holds the tensors of the failed step.
+        self.optimizer.zero_grad()
+        gc.collect()
+        if self.setup.device == "cuda":
+            torch.cuda.empty_cache()
+        return fitted
 
 
 def errors(found: tuple[float, Tensor], truth: tuple[float, Tensor]) -> dict[str, float]:
@@ -242,9 +296,9 @@ def measure(
     try:
         truth = judge.call("gradients")
     finally:
-        judge.close()
         if isinstance(judge, Local):
-            judge.task = None
+            judge.task = None  # the fp64 copy goes before the models come
+        judge.close()
     rows: dict[str, dict[str, Any]] = {}
     workers: dict[str, Worker | Local] = {}
     budget: dict[str, float] = {}
@@ -290,8 +344,52 @@ def measure(
     return list(rows.values())
 
 
+def longest(trial: Callable[[int], bool], unit: int, most: int) -> int:
+    """The largest multiple of `unit` up to `most` that passes, by doubling and bisection; 0 for none.
+
+    It stops where the bracket is narrower than a sixteenth.
+    """
+    good, bad = 0, unit
+    while bad <= most and trial(bad):
+        good, bad = bad, 2 * bad
+    if bad > most:
+        return good
+    while bad - good > max(unit, good // 16):
+        middle = (good + bad) // 2 // unit * unit
+        good, bad = (middle, bad) if trial(middle) else (good, middle)
+    return good
+
+
+def longest_under(
+    setup: Setup, cap_gib: float, unit: int, most: int, tick: Any = lambda text: None
+) -> list[dict[str, Any]]:
+    """One row per method: the longest sequence whose step fits under `cap_gib` of GPU memory."""
+    if setup.device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * 2**30 / total))
+    rows = []
+    for method in METHODS:
+        worker = Local(lambda m=method: StepTask(setup, m, torch.get_num_threads()))
+
+        def trial(length: int, worker: Local = worker, method: str = method) -> bool:
+            tick(f"{method}: {length}")
+            return worker.call("fits", length)
+
+        row: dict[str, Any] = {"method": method} | asdict(setup)
+        row |= {"cap_gib": cap_gib, "status": "ok"}
+        try:
+            row["length"] = longest(trial, unit, most)
+        except WorkerFailed as failed:
+            row |= {"status": "error", "reason": str(failed)[:300]}
+        worker.task = None
+        worker.close()
+        rows.append(row)
+    return rows
+
+
 FIELDS = (
     *("model", "method", "device", "dtype", "pairs", "length", "prompt", "lora_r", "status"),
+    *("four_bit", "checkpoint", "checked_pairs", "cap_gib"),
     *("reason", "rounds", "step_ms", "step_ms_p20", "step_ms_p80", "step_ms_min"),
     *("tokens_per_s", "tokens_per_s_max", "peak_mib", "loss_err", "grad_err"),
 )
@@ -309,6 +407,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
                 f"| {row['model']} | {row['method']} | {row['status']}: {row['reason']} | | | |"
             )
             continue
+        if row.get("cap_gib"):
+            lines.append(
+                f"| {row['model']} | {row['method']} | longest sequence under "
+                f"{row['cap_gib']:g} GiB: {row['length']} | | | |"
+            )
+            continue
         lines.append(
             f"| {row['model']} | {row['method']} | {float(row['tokens_per_s']):.0f} "
             f"| {float(row['step_ms']):.0f} ({float(row['step_ms_min']):.0f}) "
@@ -317,31 +421,54 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def setups(device: str, names: list[str]) -> list[Setup]:
+    """The batch that each model is measured with: 8192 tokens on a GPU, 8B models in 4 bit."""
+    if device != "cuda":
+        return [Setup(name) for name in names]
+    batch: dict[str, Any] = {"pairs": 4, "length": 1024, "prompt": 256, "device": device}
+    big = {"four_bit": True, "checkpoint": True, "checked_pairs": 1}
+    return [
+        Setup(name, dtype="bfloat16", **batch, **(big if name.endswith("8b") else {}))
+        for name in names
+    ]
+
+
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     models: Annotated[str, typer.Option(help=f"of {', '.join(MODELS)}")] = "",
     rounds: Annotated[int, typer.Option(help="interleaved steps")] = 5,
     out: Annotated[Path | None, typer.Option(help="result file without suffix")] = None,
+    cap_gib: Annotated[
+        float, typer.Option(help="0, or: the longest sequence under so much GPU memory")
+    ] = 0,
+    unit: Annotated[int, typer.Option(help="lengths tried are multiples of this")] = 512,
+    most: Annotated[int, typer.Option(help="the longest length tried")] = 1 << 17,
 ) -> None:
-    """Measure one training step per model and method."""
+    """Measure one training step per model and method, or the longest sequence that fits."""
     where = torch.device(device)
-    on_gpu = device == "cuda"
-    names = (models or ("qwen3-0.6b,llama-3.2-1b" if on_gpu else "tiny-llama-32k")).split(",")
+    names = models or ("llama-3.2-1b,qwen3-8b" if device == "cuda" else "tiny-llama-32k")
     stem = environment.default_stem(where)
-    stem = out or stem.with_name(f"{stem.name}-steps")
+    stem = out or stem.with_name(f"{stem.name}-{'longest' if cap_gib else 'steps'}")
     environment.record(stem.with_name(stem.name + ".json"), where)
     rows: list[dict[str, Any]] = []
     console = Console(stderr=True)
-    for name in names:
-        batch = {"pairs": 4, "length": 1024, "prompt": 256} if on_gpu else {}
-        setup = Setup(name, device=device, dtype="bfloat16" if on_gpu else "float32", **batch)
-        with console.status(name) as status:
-            rows += measure(setup, rounds, lambda text, n=name, s=status: s.update(f"{n}: {text}"))
-    with stem.with_name(stem.name + ".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-    stem.with_name(stem.name + ".md").write_text(markdown(rows))
+    for setup in setups(device, names.split(",")):
+        with console.status(setup.model) as status:
+
+            def tick(text: str, name: str = setup.model, status: Any = status) -> None:
+                status.update(f"{name}: {text}")
+
+            if cap_gib:
+                one = replace(setup, pairs=1, checkpoint=True)
+                rows += longest_under(one, cap_gib, unit, most, tick)
+            else:
+                rows += measure(setup, rounds, tick)
+        # After each model, so that a call that is cut off leaves its rows.
+        with stem.with_name(stem.name + ".csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+        stem.with_name(stem.name + ".md").write_text(markdown(rows))
     print(markdown(rows) + str(stem.with_name(stem.name + ".csv")))
 
 

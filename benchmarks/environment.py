@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import platform
 import re
@@ -18,6 +19,7 @@ from benchmarks.peers import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PACK = ROOT / ".whl"  # wheels and the commit, for a machine without network
 
 
 def _output(*command: str) -> str:
@@ -36,13 +38,38 @@ def cpu_model() -> str:
     return found[1] if found else platform.processor()
 
 
+def fingerprint() -> str:
+    """A digest of every source file that a result depends on."""
+    digest = hashlib.sha256()
+    for folder in ("benchmarks", "dilkern", "kernels"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def identity() -> dict[str, Any]:
+    """Commit and whether tracked or new files differ from it, results of benchmarks aside.
+
+    In a copy without git, what `benchmarks.gpu pack` noted; dirty if the sources have changed since.
+    """
+    head = _output("git", "rev-parse", "--short=9", "HEAD")
+    if head:
+        changed = _output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
+        return {"commit": head, "dirty": bool(changed), "fingerprint": fingerprint()}
+    noted = PACK / "commit.json"
+    if not noted.exists():
+        return {"commit": "unknown", "dirty": True, "fingerprint": fingerprint()}
+    found = json.loads(noted.read_text())
+    found["dirty"] |= found["fingerprint"] != fingerprint()
+    return found
+
+
 def commit() -> str:
-    return _output("git", "rev-parse", "--short=9", "HEAD") or "unknown"
+    return identity()["commit"]
 
 
 def dirty() -> bool:
-    """Whether tracked or new files differ from the commit, results of benchmarks aside."""
-    return bool(_output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results"))
+    return identity()["dirty"]
 
 
 def describe(device: torch.device) -> dict[str, Any]:

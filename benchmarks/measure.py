@@ -26,13 +26,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Inputs, make_inputs, vocab_blocks
+from benchmarks.cases import Case, Inputs, load_inputs, make_inputs, vocab_blocks
 from benchmarks.peers import Peer
 from benchmarks.truth import Truth, compute_truth, errors, refusal
 
 MIB = 2**20
 GEMM_BUFFER_MIB = {"cpu": 64, "cuda": 1024}
 MIN_ROUNDS = 3
+# What workers need; a package that is missing here costs its peer's row and nothing else.
+IMPORTS = [
+    "benchmarks.measure",
+    "trl.kernels.chunked_logprob",
+    "liger_kernel.chunked_loss",
+    "dilkern",
+]
 
 
 class Timing(NamedTuple):
@@ -90,23 +97,47 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+class Clock:
+    """Marks in time: events of the stream on a GPU, so that no mark stops it; else perf_counter."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        _synchronize(device)
+        self.marks: list[Any] = []
+        self.mark()
+
+    def mark(self) -> None:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """From the start to each mark."""
+        first, *later = self.marks
+        if self.device.type != "cuda":
+            return [mark - first for mark in later]
+        later[-1].synchronize()
+        return [first.elapsed_time(mark) / 1000 for mark in later]
+
+
 def execute(peer: Peer, inputs: Inputs) -> tuple[Tensor, Timing]:
     """Run what the case's mode asks for, once, and time it; gradients are left in `.grad`."""
     inputs.clear_grads()
     mode = inputs.case.mode
-    _synchronize(inputs.device)
-    start = time.perf_counter()
+    clock = Clock(inputs.device)
     with torch.set_grad_enabled(mode != "score"):
         if mode == "step" and peer.output == "token_logps":
             with torch.no_grad():
                 peer.call(inputs)
         out = peer.call(inputs)
-    _synchronize(inputs.device)
-    middle = time.perf_counter()
+    clock.mark()
     if mode != "score":
         out.backward(inputs.grad.to(out.dtype) if out.dim() else None)
-    _synchronize(inputs.device)
-    return out.detach(), Timing(middle - start, time.perf_counter() - start)
+    clock.mark()
+    return out.detach(), Timing(*clock.seconds())
 
 
 class BareGemm:
@@ -122,14 +153,12 @@ class BareGemm:
         )
 
     def run(self) -> Timing:
-        _synchronize(self.inputs.device)
-        start = time.perf_counter()
+        clock = Clock(self.inputs.device)
         for part in self.blocks:
             out = self.buffer[:, : part.stop - part.start]
             torch.mm(self.inputs.hidden, self.inputs.weight[part].T, out=out)
-        _synchronize(self.inputs.device)
-        seconds = time.perf_counter() - start
-        return Timing(seconds, seconds)
+        clock.mark()
+        return Timing(*clock.seconds() * 2)
 
 
 class Task:
@@ -151,14 +180,15 @@ class Task:
             small = replace(case, tokens=2 * case.sequences, vocab=64)
             execute(self.peer, make_inputs(small, self.inputs.device).require_grads())
         with PeakMemory(self.inputs.device) as peak:
-            execute(self.peer, self.inputs)
+            self.out, _ = execute(self.peer, self.inputs)
         return found | {"peak_mib": peak.mib}
 
     def check(self, truth: Truth) -> dict[str, float]:
-        """Errors against fp64. The caller decides with `refusal`."""
-        out, _ = execute(self.peer, self.inputs)
+        """Errors of the run that `first` watched. The caller decides with `refusal`."""
         x = self.inputs
-        return errors(self.peer.output, out, x.hidden.grad, x.weight.grad, x, truth)
+        trained = x.trained if x.case.mode == "trainable" else []
+        grads = [tensor.grad for tensor in trained]
+        return errors(self.peer.output, self.out, x.hidden.grad, grads, x, truth)
 
     def run(self) -> Timing:
         return execute(self.peer, self.inputs)[1]
@@ -174,21 +204,17 @@ class WorkerFailed(RuntimeError):
     """A request raised in its process, or the process is gone."""
 
 
-def load_inputs(path: str, case: Case) -> Inputs:
-    return Inputs(case, **torch.load(path))
-
-
 def peer_task(peer_name: str, case: Case, path: str, threads: int) -> Task:
     """Build a task inside a worker process (peers are found by name: closures do not pickle)."""
     from benchmarks.peers import PEERS
 
     torch.set_num_threads(threads)
-    return Task(PEERS[peer_name], load_inputs(path, case))
+    return Task(PEERS[peer_name], load_inputs(case, torch.load(path)))
 
 
 def gemm_task(case: Case, path: str, threads: int) -> BareGemm:
     torch.set_num_threads(threads)
-    return BareGemm(load_inputs(path, case))
+    return BareGemm(load_inputs(case, torch.load(path)))
 
 
 def _serve(connection: Any, factory: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -212,7 +238,9 @@ class Worker:
     """A task in a fresh process; calls are methods of the task by name."""
 
     def __init__(self, factory: Callable[..., Any], *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Forked from a server that has only imported: a fresh process without its seconds of imports.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTS)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(
             target=_serve, args=(theirs, factory, arguments), daemon=True
@@ -343,6 +371,9 @@ def measure_group(
     outputs = tuple(sorted({peer.output for peer in able} | {"token_logps"}))
     inputs, truth = (truths or TruthCache()).get(case, device, outputs)
     threads = plan.threads or torch.get_num_threads()
+    if device.type == "cuda":
+        # All cases compile the same functions: past Dynamo's limit of variants they would run eagerly.
+        torch.compiler.reset()
 
     with tempfile.TemporaryDirectory(prefix="dilkern-bench-") as folder:
         tensors, truth_file = Path(folder, "inputs.pt"), Path(folder, "truth.pt")
@@ -408,7 +439,7 @@ def _rounds(
     plan: Plan,
     tick: Callable[[str], None],
 ) -> dict[str, list[Timing]]:
-    """Call all workers in turn, the order rotated each round (each has already run twice).
+    """Call all workers in turn, the order rotated each round (each has already run once).
 
     A peer that has used more than twice its share of `plan.seconds` leaves after MIN_ROUNDS, so that
     one slow peer does not eat the rounds of the others; its row says how many rounds it had.

@@ -7,8 +7,10 @@ cannot give those, to the comparable scalar loss named by `output`:
 - "mean_nll": the mean of -log p(label);
 - "dpo_loss": DPO (beta 0.1, mean log-probs, first half of the sequences chosen) of the sequences.
 
-Settings are the documented defaults of each package unless a note says otherwise. Packages are
-imported inside the calls: a peer that is not installed costs its own row only.
+`Inputs.layer` is the head where it is not a dense weight; a peer that takes such layers says so
+(`layers`), the others refuse the case. Settings are the documented defaults of each package unless a
+note says otherwise. Packages are imported inside the calls: a peer that is not installed costs its
+own row only.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import Case, Inputs, softcapped
+from benchmarks.cases import Case, Inputs, logits_of
 from benchmarks.truth import BETA
 
 
@@ -40,6 +42,8 @@ class Peer:
     compiles: bool = False  # the first call compiles; its memory and time are kept apart
     cuda_only: bool = False
     softcap: bool = True
+    layers: bool = False  # takes NF4 and LoRA layers
+    refuses: str = "takes a dense weight only"  # the reason where it does not
     backend: str = ""  # of dilkern
 
     def why_not(self, case: Case, device: torch.device) -> str | None:
@@ -51,6 +55,12 @@ class Peer:
             return "its kernels need a GPU"
         if case.softcap and not self.softcap:
             return "no softcap"
+        if case.kind != "dense":
+            if not self.layers:
+                return self.refuses
+            package = {"nf4": "bitsandbytes", "lora": "peft"}[case.kind]
+            if find_spec(package) is None:
+                return f"{package} is not installed"
         if self.output != "token_logps" and case.mode == "score":
             return "gives a loss, not token log-probs"
         if case.mode == "step" and self.output == "mean_nll":
@@ -64,20 +74,19 @@ class Peer:
         return None
 
 
-def _pick(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-
-
-def _naive_logps(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float) -> Tensor:
-    return _pick(softcapped(F.linear(hidden, weight).float(), softcap), labels)
+def _naive_logps(
+    hidden: Tensor, head: Tensor | torch.nn.Module, labels: Tensor, softcap: float
+) -> Tensor:
+    logps = logits_of(hidden, head, softcap).log_softmax(-1)
+    return logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 def naive(x: Inputs) -> Tensor:
-    return _naive_logps(x.hidden, x.weight, x.labels, x.case.softcap)
+    return _naive_logps(x.hidden, x.head, x.labels, x.case.softcap)
 
 
 def naive_cross_entropy(x: Inputs) -> Tensor:
-    logits = softcapped(F.linear(x.hidden, x.weight).float(), x.case.softcap)
+    logits = logits_of(x.hidden, x.head, x.case.softcap)
     return -F.cross_entropy(logits, x.labels, reduction="none")
 
 
@@ -87,7 +96,7 @@ def _compiled() -> Callable[..., Tensor]:
 
 
 def naive_compiled(x: Inputs) -> Tensor:
-    return _compiled()(x.hidden, x.weight, x.labels, x.case.softcap)
+    return _compiled()(x.hidden, x.head, x.labels, x.case.softcap)
 
 
 def _torch_lce(**options: Any) -> Callable[[Inputs], Tensor]:
@@ -167,9 +176,10 @@ def _cut_cross_entropy(**options: Any) -> Callable[[Inputs], Tensor]:
 
 def _dilkern(backend: str) -> Callable[[Inputs], Tensor]:
     def call(x: Inputs) -> Tensor:
-        from dilkern import DenseHead, linear_logps
+        from dilkern import linear_logps
+        from dilkern.lm_head import as_head
 
-        head = DenseHead(x.weight, softcap=x.case.softcap)
+        head = as_head(x.head, softcap=x.case.softcap)
         return linear_logps(
             x.hidden, head, x.labels, backend=backend, workspace_mib=x.case.workspace_mib
         )
@@ -178,9 +188,16 @@ def _dilkern(backend: str) -> Callable[[Inputs], Tensor]:
 
 
 _LIST = (
-    Peer("naive", "torch", naive, note="full logits, log_softmax, gather"),
-    Peer("naive-ce", "torch", naive_cross_entropy, note="full logits, F.cross_entropy"),
-    Peer("compile", "torch", naive_compiled, note="torch.compile of naive", compiles=True),
+    Peer("naive", "torch", naive, note="full logits, log_softmax, gather", layers=True),
+    Peer("naive-ce", "torch", naive_cross_entropy, note="full logits, cross_entropy", layers=True),
+    Peer(
+        "compile",
+        "torch",
+        naive_compiled,
+        note="torch.compile of naive",
+        compiles=True,
+        layers=True,
+    ),
     Peer("torch-lce", "torch", _torch_lce(), note="options auto, reduction none", softcap=False),
     Peer(
         "torch-lce-1024",
@@ -189,7 +206,13 @@ _LIST = (
         note="1024 rows per chunk, reduction none",
         softcap=False,
     ),
-    Peer("trl", "trl", trl, note="ChunkedLogProbFunction, vocabulary chunk 32768"),
+    Peer(
+        "trl",
+        "trl",
+        trl,
+        note="ChunkedLogProbFunction, vocabulary chunk 32768",
+        refuses="reads lm_head.weight (packed bytes of an NF4 head) and refuses LoRA on the lm_head",
+    ),
     Peer(
         "liger-selective",
         "liger-kernel",
@@ -228,8 +251,8 @@ _LIST = (
         note="gradient filter off",
         cuda_only=True,
     ),
-    Peer("dilkern-torch", "dilkern", _dilkern("torch"), backend="torch"),
-    Peer("dilkern-triton", "dilkern", _dilkern("triton"), backend="triton", cuda_only=True),
+    Peer("dilkern-torch", "dilkern", _dilkern("torch"), layers=True, backend="torch"),
+    Peer("dilkern-triton", "dilkern", _dilkern("triton"), layers=True, backend="triton"),
 )
 PEERS = {peer.name: peer for peer in _LIST}
 

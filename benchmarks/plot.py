@@ -43,10 +43,11 @@ def groups(rows: list[Row]) -> dict[str, list[Row]]:
 
 def title(row: Row) -> str:
     cap = f", softcap {float(row['softcap']):g}" if float(row["softcap"] or 0) else ""
+    kind = {"nf4": ", NF4 head", "lora": ", LoRA head"}.get(row.get("kind", ""), "")
     scaled = f" (V and D / {row['scaled']})" if row["scaled"] not in ("", "1") else ""
     return (
         f"{row['head']}{scaled}: T={row['tokens']} V={row['vocab']} D={row['hidden']} "
-        f"{row['dtype']}, {row['mode']}{cap}"
+        f"{row['dtype']}, {row['mode']}{kind}{cap}"
     )
 
 
@@ -158,12 +159,18 @@ def bars(rows: list[Row], case: str, path: Path) -> None:
 
 
 def over(rows: list[Row], axis: str, path: Path) -> bool:
-    """Time and memory over `axis` ("tokens" or "vocab"); False if no peer has two points."""
+    """Time and memory over `axis` ("tokens" of one head, "vocab" at one T and D), frozen dense heads.
+
+    False if no peer has two points.
+    """
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in measured(rows):
         if row["mode"] != "frozen":
             continue
-        fixed = row["head"] + row["scaled"] if axis == "tokens" else f"T={row['tokens']}"
+        if row.get("kind", "dense") != "dense" or float(row["softcap"] or 0):
+            continue
+        head = row["head"] if row["scaled"] in ("", "1") else f"{row['head']} / {row['scaled']}"
+        fixed = head if axis == "tokens" else f"T={row['tokens']} D={row['hidden']}"
         lines.setdefault((f"{fixed} {row['dtype']}", row["peer"]), []).append(row)
     panels = list(
         dict.fromkeys(key[0] for key, line in lines.items() if len({row[axis] for row in line}) > 1)

@@ -28,7 +28,7 @@ from benchmarks.truth import sharpness_line
 
 UNFINISHED = 75
 FIELDS = (
-    *("case", "head", "tokens", "vocab", "hidden", "dtype", "mode", "softcap", "scaled"),
+    *("case", "head", "tokens", "vocab", "hidden", "dtype", "mode", "kind", "softcap", "scaled"),
     *("sequences", "workspace_mib", "peer", "output", "status", "reason", "note", "rounds"),
     *("forward_ms", "forward_ms_p20", "forward_ms_p80", "forward_ms_min"),
     *("total_ms", "total_ms_p20", "total_ms_p80", "total_ms_min"),

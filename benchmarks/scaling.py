@@ -2,7 +2,7 @@
 
 One axis moves, the others stay. Time should follow the GEMM (exponent 1 in T, V, D and 0 in the
 workspace); peak memory should be flat in V and grow with nothing but the results (T D) and the
-workspace in use.
+workspace in use. `--device cuda` measures the triton backend at real sizes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -27,34 +27,63 @@ from benchmarks.run import append_rows, read_rows
 
 matplotlib.use("Agg")
 
-BASE = Case("scaling", 1024, 16384, 256)
-AXES: dict[str, tuple[float, ...]] = {
+Axes = dict[str, tuple[float, ...]]
+
+
+class Study(NamedTuple):
+    """What stays where one axis moves, and what is measured."""
+
+    base: Case
+    axes: Axes
+    peers: str
+
+
+CPU_AXES: Axes = {
     "tokens": (256, 512, 1024, 2048),
     "vocab": (4096, 8192, 16384, 32768),
     "hidden": (128, 256, 512, 1024),
     "workspace_mib": (4, 16, 64, 256),
 }
-PEERS = "naive,dilkern-torch"
+GPU_AXES: Axes = {
+    "tokens": (1024, 2048, 4096, 8192, 16384, 32768),
+    "vocab": (16384, 32768, 65536, 131072, 262144),
+    "hidden": (512, 1024, 2048, 4096, 8192),
+    "workspace_mib": (64, 128, 256, 512, 1024),
+}
+STUDIES = {
+    "cpu": Study(Case("scaling", 1024, 16384, 256), CPU_AXES, "naive,dilkern-torch"),
+    "cuda": Study(
+        Case("scaling", 8192, 131072, 2048, "bfloat16"), GPU_AXES, "naive,dilkern-triton"
+    ),
+    "tiny": Study(
+        Case("scaling", 16, 256, 16),
+        {"tokens": (16, 32), "workspace_mib": (1, 4)},
+        "naive,dilkern-torch",
+    ),
+}
 
 
-def points(axis: str, base: Case = BASE, values: Iterable[float] | None = None) -> list[Case]:
+def points(axis: str, study: Study) -> list[Case]:
     """The cases along one axis, named so that each has a key of its own."""
     return [
-        replace(base, **{"head": f"{base.head}-{axis}-{value:g}", axis: value})
-        for value in values or AXES[axis]
+        replace(study.base, **{"head": f"{study.base.head}-{axis}-{value:g}", axis: value})
+        for value in study.axes[axis]
     ]
 
 
 def exponent(x: Iterable[float], y: Iterable[float]) -> float:
-    """The slope of log y over log x by least squares."""
-    slope, _ = np.polyfit(np.log(np.asarray(list(x))), np.log(np.asarray(list(y))), 1)
+    """The slope of log y over log x by least squares; NaN if a value is not positive."""
+    points = np.asarray([list(x), list(y)], dtype=float)
+    if not (points > 0).all():
+        return float("nan")
+    slope, _ = np.polyfit(*np.log(points), 1)
     return float(slope)
 
 
 def fit(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One exponent of time (minima) and of peak memory per axis and peer."""
     found = []
-    for axis in AXES:
+    for axis in CPU_AXES:
         mine = [r for r in rows if f"-{axis}-" in r["head"] and r["status"] == "ok"]
         for peer in dict.fromkeys(r["peer"] for r in mine):
             line = [r for r in mine if r["peer"] == peer]
@@ -92,8 +121,10 @@ def picture(rows: list[dict[str, Any]], fits: list[dict[str, Any]], path: Path) 
     """Time and memory over each axis, the fitted exponents in the legend."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, len(AXES), figsize=(4 * len(AXES), 7), constrained_layout=True)
-    for column, axis in enumerate(AXES):
+    names = list(dict.fromkeys(f["axis"] for f in fits))
+    shape = {"figsize": (4 * len(names), 7), "squeeze": False, "constrained_layout": True}
+    figure, axes = plt.subplots(2, len(names), **shape)
+    for column, axis in enumerate(names):
         for f in (f for f in fits if f["axis"] == axis):
             mine = [
                 r
@@ -113,21 +144,25 @@ def picture(rows: list[dict[str, Any]], fits: list[dict[str, Any]], path: Path) 
 
 
 def main(
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    tiny: Annotated[bool, typer.Option(help="two small points per axis, in this process")] = False,
     rounds: Annotated[int, typer.Option(help="interleaved rounds per point")] = 5,
     out: Annotated[Path | None, typer.Option(help="result file without suffix")] = None,
 ) -> None:
-    """Measure every axis on the CPU (a repeated call continues), fit and draw."""
-    device = torch.device("cpu")
-    stem = environment.default_stem(device)
+    """Measure every axis (a repeated call continues), fit and draw."""
+    where, study = torch.device(device), STUDIES["tiny" if tiny else device]
+    stem = environment.default_stem(where)
     stem = out or stem.with_name(f"{stem.name}-scaling")
     table = stem.with_name(stem.name + ".csv")
     done = {row["case"] for row in read_rows(table)}
-    todo = [case for axis in AXES for case in points(axis) if case.key not in done]
+    every = [case for axis in study.axes for case in points(axis, study)]
+    todo = [case for case in every if case.key not in done]
     if todo:
-        environment.record(stem.with_name(stem.name + ".json"), device)
-    truths = TruthCache()
+        environment.record(stem.with_name(stem.name + ".json"), where)
+    truths, plan, peers = TruthCache(), Plan(1 if tiny else rounds, 10), select(study.peers)
     for case in track(todo, "scaling", console=Console(stderr=True)):
-        append_rows(table, measure_group(case, select(PEERS), device, Plan(rounds, 20), truths))
+        remote = False if tiny else None
+        append_rows(table, measure_group(case, peers, where, plan, truths, remote=remote))
     rows = read_rows(table)
     fits = fit(rows)
     stem.with_name(stem.name + ".md").write_text(markdown(fits))

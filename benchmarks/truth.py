@@ -5,6 +5,8 @@ Everything runs over row blocks, so that real heads fit. T tokens, V vocabulary,
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import Case, Inputs, softcapped
+from benchmarks.cases import Case, Inputs, logits_of, softcapped
 
 BETA = 0.1  # of the preference loss that peers without token log-probs are asked for
 
@@ -24,7 +26,8 @@ class Truth:
     logps: Tensor  # (T,)
     entropy: Tensor  # (T,)
     u: Tensor  # (T, D) d logp_t / d hidden_t: grad_hidden is g_t u_t for any loss
-    d_weight: dict[str, Tensor]  # per kind of output, (V, D); empty unless the head is trained
+    # per kind of output, one gradient per tensor of `Inputs.trained`; empty unless the head is trained
+    d_trained: dict[str, list[Tensor]]
     budget: dict[str, float]  # errors of same-dtype full-logits PyTorch
 
     def sharpness(self) -> dict[str, float]:
@@ -66,7 +69,7 @@ def scalar_of(output: str, logps: Tensor, inputs: Inputs) -> Tensor:
 @torch.no_grad()
 def _exact(inputs: Inputs, outputs: tuple[str, ...]) -> Truth:
     case = inputs.case
-    weight = inputs.weight.double()
+    weight = inputs.effective_weight(torch.float64)
     logps, entropy, u = [], [], []
     for part in row_blocks(case):
         hidden, labels = inputs.hidden[part].double(), inputs.labels[part]
@@ -77,23 +80,24 @@ def _exact(inputs: Inputs, outputs: tuple[str, ...]) -> Truth:
         logps.append(log_p.gather(1, labels.unsqueeze(1)).squeeze(1))
         entropy.append(-(p * log_p).nan_to_num_(0.0).sum(1))
         dz = -p
-        dz[torch.arange(len(labels)), labels] += 1
+        dz[torch.arange(len(labels), device=dz.device), labels] += 1
         u.append((dz * slope.to(dz.device)) @ weight)
     found = Truth(torch.cat(logps), torch.cat(entropy), torch.cat(u), {}, {})
     if case.mode == "trainable":
         for output in outputs:
-            found.d_weight[output] = _weight_gradient(inputs, upstream(output, found.logps, inputs))
+            d_weight = _weight_gradient(inputs, weight, upstream(output, found.logps, inputs))
+            found.d_trained[output] = inputs.head_gradients(d_weight)
     return found
 
 
-def _weight_gradient(inputs: Inputs, g: Tensor) -> Tensor:
-    case, weight = inputs.case, inputs.weight.double()
+def _weight_gradient(inputs: Inputs, weight: Tensor, g: Tensor) -> Tensor:
+    case = inputs.case
     total = torch.zeros_like(weight)
     for part in row_blocks(case):
         hidden, labels = inputs.hidden[part].double(), inputs.labels[part]
         z = softcapped(hidden @ weight.T, case.softcap)
         dz = z.softmax(1).neg_()
-        dz[torch.arange(len(labels)), labels] += 1
+        dz[torch.arange(len(labels), device=dz.device), labels] += 1
         if case.softcap:
             dz *= 1 - (z / case.softcap) ** 2
         total.addmm_((dz * g[part].unsqueeze(1)).T, hidden)
@@ -103,20 +107,21 @@ def _weight_gradient(inputs: Inputs, g: Tensor) -> Tensor:
 def _same_dtype_errors(inputs: Inputs, truth: Truth) -> dict[str, float]:
     """Errors of full-logits PyTorch in the dtype of the inputs, row block by row block."""
     case = inputs.case
-    weight = inputs.weight.detach().clone().requires_grad_(case.mode == "trainable")
-    d_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+    mine = inputs.detached().require_grads()
+    trained = mine.trained if case.mode == "trainable" else []
+    totals = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in trained]
     logps, grads = [], []
     for part in row_blocks(case):
         hidden = inputs.hidden[part].detach().clone().requires_grad_()
-        z = softcapped((hidden @ weight.T).float(), case.softcap)
+        z = logits_of(hidden, mine.head, case.softcap)
         out = z.log_softmax(1).gather(1, inputs.labels[part].unsqueeze(1)).squeeze(1)
         out.backward(inputs.grad[part])
         logps.append(out.detach())
         grads.append(hidden.grad)
-        if d_weight is not None:
-            d_weight += weight.grad.float()
-            weight.grad = None
-    return errors("token_logps", torch.cat(logps), torch.cat(grads), d_weight, inputs, truth)
+        for total, tensor in zip(totals, trained):
+            total += tensor.grad.float()
+            tensor.grad = None
+    return errors("token_logps", torch.cat(logps), torch.cat(grads), totals, inputs, truth)
 
 
 def compute_truth(inputs: Inputs, outputs: tuple[str, ...] = ("token_logps",)) -> Truth:
@@ -138,11 +143,14 @@ def errors(
     output: str,
     value: Tensor,
     grad_hidden: Tensor | None,
-    grad_weight: Tensor | None,
+    grad_trained: Sequence[Tensor | None],
     inputs: Inputs,
     truth: Truth,
 ) -> dict[str, float]:
-    """Errors of one peer: log-probs in nats, gradients relative; a scalar loss in its own unit."""
+    """Errors of one peer: log-probs in nats, gradients relative; a scalar loss in its own unit.
+
+    Of several trained tensors the worst counts; one without a gradient counts as NaN.
+    """
     found = {}
     if output == "token_logps":
         error = value.double() - truth.logps
@@ -155,9 +163,13 @@ def errors(
         g = upstream(output, truth.logps, inputs)
         pair = _relative(grad_hidden, g.unsqueeze(1) * truth.u)
         found["grad_err_max"], found["grad_err_rms"] = pair
-    if grad_weight is not None:
-        pair = _relative(grad_weight, truth.d_weight[output])
-        found["head_grad_err_max"], found["head_grad_err_rms"] = pair
+    if grad_trained:
+        pairs = [
+            (math.nan, math.nan) if got is None else _relative(got, want)
+            for got, want in zip(grad_trained, truth.d_trained[output], strict=True)
+        ]
+        worst = torch.tensor(pairs).amax(0)  # NaN if one is
+        found["head_grad_err_max"], found["head_grad_err_rms"] = worst.tolist()
     return found
 
 

@@ -1,170 +1,283 @@
-"""Propose rows for kernels/configs.py on the GPU at hand, unattended.
+"""Propose rows for kernels/configs.py on the GPU at hand: `python -m benchmarks.tune`.
 
-    python benchmarks/tune.py                                # real heads; most of it is compiling
-    python benchmarks/tune.py --tokens 64 --vocab 256 --hidden 64 --quick    # a smoke run
+For 16-bit inputs it times every candidate tile of `logps_forward` and `dz_tile` at real sizes (tiles
+of which two fit an SM beside larger ones, with and without tensor descriptors), and the library path
+beside them: by hidden size, whether our own product with its fused epilogue (b) beats streaming fp32
+logits from the library's (a). Then the rows of the elementwise kernels. A candidate that does not
+compile, does not fit, or differs from the others in its numbers is listed with its reason and never
+proposed. Nothing is written into the package: a person pastes the printed rows and runs the tests.
 
-For each dtype and hidden size it times every candidate tile of the forward kernel and of dz_tile
-(candidates that do not compile or do not fit are listed as such), the library path beside them,
-and prints the fastest row and the largest D at which our own product is ahead. Nothing is written
-into the package: a person reads the result and edits the table. Numbers are medians of interleaved
-rounds. The interpreter runs it too (TRITON_INTERPRET=1), for its logic and not its times.
+Times are medians of interleaved rounds. `--tiny` is a smoke run; Triton's interpreter runs it too
+(TRITON_INTERPRET=1), for its logic and not its times.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from unittest import mock
 
 import torch
+import typer
+from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks import environment
+from benchmarks.measure import Clock
+from dilkern.kernels import configs
+from dilkern.kernels.chunk_softmax import chunk_softmax
+from dilkern.kernels.configs import Rows, Tile
+from dilkern.kernels.dz_tile import dz_tile
+from dilkern.kernels.fold_block import fold_block
+from dilkern.kernels.logps_forward import logps_forward
+from dilkern.kernels.nf4_dequant import Packed4bit, nf4_dequant
 
-from dilkern.kernels import configs  # noqa: E402
-from dilkern.kernels.chunk_softmax import chunk_softmax  # noqa: E402
-from dilkern.kernels.dz_tile import dz_tile  # noqa: E402
-from dilkern.kernels.logps_forward import logps_forward  # noqa: E402
+# Two of the first fit an SM of sm_90 (at most 113 KiB of shared memory each), one of the second.
+SMALL_TILES = (
+    (128, 128, 64, 8, 3),
+    (128, 128, 64, 4, 3),
+    (128, 128, 32, 8, 4),
+    (128, 64, 64, 4, 4),
+)
+LARGE_TILES = (
+    *((128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4)),
+    *((256, 128, 64, 8, 3), (256, 128, 64, 8, 4)),
+)
+ROWS = {
+    "chunk": [Rows(1, 2048, 4), Rows(1, 4096, 4), Rows(1, 8192, 8), Rows(1, 8192, 16)],
+    "fold": [Rows(1, 512, 4), Rows(1, 2048, 4), Rows(1, 2048, 8)],
+    "decode": [Rows(1, 1024, 4), Rows(4, 1024, 4), Rows(8, 512, 4), Rows(8, 512, 8)],
+}
+Call = Callable[[], Tensor | None]  # the result by which candidates are compared
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-
-def candidates(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[configs.Tile]:
-    """The row in the table first, then its neighbours."""
+def tiles(device: torch.device, dtype: torch.dtype) -> list[Tile]:
+    """The row in the table first, then its rivals."""
     row = configs.tile(device, dtype)
-    yield row
     if device.type == "cpu":
-        yield row._replace(block_v=2 * row.block_v)
-        return
-    if quick:
-        return
-    shapes = [(128, 128), (128, 256), (256, 128), (128, 64), (64, 128), (64, 64)]
-    for (t, v), d, warps, stages in itertools.product(shapes, (32, 64), (4, 8), (3, 4)):
-        tile = configs.Tile(t, v, d, warps, stages, row.descriptors)
-        if tile != row:
-            yield tile
+        return [row, row._replace(block_v=2 * row.block_v)]
+    found = [Tile(*shape, row.descriptors) for shape in (*SMALL_TILES, *LARGE_TILES)]
+    if row.descriptors:
+        found.append(row._replace(descriptors=False))
+    return [row, *(tile for tile in found if tile != row)]
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds of one call."""
+def rows(name: str, device: torch.device) -> list[Rows]:
+    row = getattr(configs, name)(device)
     if device.type == "cpu":
-        begin = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - begin)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
+        return [row, row._replace(block=2 * row.block)]
+    return [row, *(other for other in ROWS[name] if other != row)]
 
 
-def interleaved(
-    calls: dict[Any, Callable[[], Any]], device: torch.device, rounds: int
+def compare(
+    calls: dict[Any, Call], device: torch.device, rounds: int
 ) -> tuple[dict[Any, float], dict[Any, str]]:
-    """Median milliseconds per call, and what failed; rounds run through all calls in turn."""
+    """Median milliseconds per call, and why others have none; rounds run through all in turn."""
     failed: dict[Any, str] = {}
+    want = None
     for name, call in calls.items():
         try:
-            timed(call, device)
+            got = call()
+            got = None if got is None else got.float().clone()
+            Clock(device)  # waits, so that an error of the launch is this candidate's
         except Exception as error:  # a row that does not compile or fit is a result
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-    alive = {name: call for name, call in calls.items() if name not in failed}
+            first = str(error).splitlines()[0] if str(error) else ""
+            failed[name] = f"{type(error).__name__}: {first[:120]}"
+            continue
+        want = got if want is None else want
+        if want is not None and not (got - want).norm() <= 1e-2 * want.norm():
+            failed[name] = f"wrong numbers: {(got - want).norm() / want.norm():.3g} from the first"
+    alive = [name for name in calls if name not in failed]
     samples: dict[Any, list[float]] = {name: [] for name in alive}
-    for _ in range(rounds):
-        for name, call in alive.items():
-            samples[name].append(timed(call, device))
+    for _, name in itertools.product(range(rounds), alive):
+        clock = Clock(device)
+        calls[name]()
+        clock.mark()
+        samples[name].append(1000 * clock.seconds()[0])
     return {name: statistics.median(times) for name, times in samples.items()}, failed
 
 
-def tune_one(
-    device: torch.device, dtype: torch.dtype, n: int, v: int, d: int, rounds: int, quick: bool
-) -> dict[str, Any]:
-    """Time every candidate for one block of n tokens x v words at hidden size d."""
+def using(name: str, row: Any, call: Call) -> Call:
+    """`call` with the table's answer to `configs.<name>` replaced."""
+
+    def run() -> Tensor | None:
+        with mock.patch.object(configs, name, lambda *unused: row):
+            return call()
+
+    return run
+
+
+def log_sums(exponents: Tensor, sums: Tensor) -> Tensor:
+    """The logarithm (n,) of the sum that tiles stand for, whatever their width."""
+    return torch.logsumexp(exponents * 0.6931471805599453 + sums.log(), 1)
+
+
+def tune_tiles(
+    device: torch.device, dtype: torch.dtype, n: int, v: int, d: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Every candidate tile on one block of n tokens x v words at hidden size d."""
     torch.manual_seed(0)
     h = torch.randn(n, d, device=device).to(dtype)
-    w = torch.randn(v, d, device=device).to(dtype)
+    w = torch.randn(v, d, device=device).div_(d**0.5).to(dtype)
     labels = torch.randint(0, v, (n,), device=device)
-    row_of_zeros = torch.zeros(n, device=device)
+    zeros = torch.zeros(n, device=device)
+    g = torch.randn(n, device=device)
     p = torch.empty(n, v, device=device, dtype=dtype)
 
-    def statistics_for(words: int) -> torch.Tensor:
+    def statistics_of(words: int) -> Tensor:
         return torch.empty(2, n, -(-v // words), device=device)
 
-    def with_tile(tile: configs.Tile, call: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> None:
-            kept = configs.tile
-            configs.tile = lambda *_: tile
-            try:
-                call()
-            finally:
-                configs.tile = kept
-
-        return run
-
-    def library() -> None:
+    def library() -> Tensor:
+        stats = statistics_of(configs.chunk(device).block)
         wide = dtype.itemsize == 2 and device.type == "cuda" and torch.version.hip is None
         z = torch.mm(h, w.t(), out_dtype=torch.float32) if wide else h.float() @ w.float().t()
-        chunk_softmax(z, labels, row_of_zeros, *chunk_statistics, p, start=0)
+        chunk_softmax(z, labels, zeros, *stats, p, start=0)
+        return log_sums(*stats)
 
-    chunk_statistics = statistics_for(configs.chunk(device).block)
-    state = (row_of_zeros, row_of_zeros, row_of_zeros, row_of_zeros)
-    forward: dict[Any, Callable[[], Any]] = {"library": library}
-    backward: dict[Any, Callable[[], Any]] = {}
-    for tile in candidates(device, dtype, quick):
-        stats = statistics_for(tile.block_v)
-        forward[tile] = with_tile(
-            tile, lambda s=stats: logps_forward(h, w, labels, row_of_zeros, *s, p, start=0)
-        )
-        backward[tile] = with_tile(tile, lambda: dz_tile(h, w, labels, *state, p, start=0))
-    report: dict[str, Any] = {"n": n, "v": v, "d": d, "dtype": str(dtype).removeprefix("torch.")}
-    for name, calls in (("logps_forward", forward), ("dz_tile", backward)):
-        times, failed = interleaved(calls, device, rounds)
-        own = {tile: ms for tile, ms in times.items() if tile != "library"}
-        report[name] = {
-            "library_ms": times.get("library"),
-            "ranking": [(str(t), round(own[t], 4)) for t in sorted(own, key=own.__getitem__)[:5]],
-            "failed": {str(tile): why for tile, why in failed.items()},
-        }
-        best = min(own.values(), default=float("inf"))
-        if name == "logps_forward":
-            report["own_ahead"] = best < times.get("library", float("inf"))
-    return report
+    def own(tile: Tile) -> Tensor:
+        stats = statistics_of(tile.block_v)
+        logps_forward(h, w, labels, zeros, *stats, p, start=0)
+        return log_sums(*stats)
+
+    def recompute() -> Tensor:
+        dz_tile(h, w, labels, zeros, zeros - 10, zeros + 1, g, p, start=0)
+        return p
+
+    candidates = tiles(device, dtype)
+    kernels: dict[str, dict[Any, Call]] = {
+        "logps_forward": {"library": library}
+        | {tile: using("tile", tile, lambda t=tile: own(t)) for tile in candidates},
+        "dz_tile": {tile: using("tile", tile, recompute) for tile in candidates},
+    }
+    found = []
+    for kernel, calls in kernels.items():
+        times, failed = compare(calls, device, rounds)
+        for name in calls:
+            found.append(
+                {"kernel": kernel, "row": name, "n": n, "v": v, "d": d}
+                | {"ms": times.get(name), "failed": failed.get(name, "")}
+            )
+    return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--vocab", type=int, default=32768, help="words of one block")
-    parser.add_argument("--hidden", type=int, nargs="*", default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--dtype", nargs="*", default=["bfloat16", "float32"], choices=DTYPES)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="only the rows in the table")
-    parser.add_argument("--out", type=Path, help="JSON file")
-    args = parser.parse_args()
+def tune_rows(device: torch.device, n: int, v: int, d: int, rounds: int) -> list[dict[str, Any]]:
+    """The elementwise kernels: softmax of a block, fold of its tiles, decode of a 4-bit block."""
+    torch.manual_seed(0)
+    labels = torch.randint(0, v, (n,), device=device)
+    zeros = torch.zeros(n, device=device)
+    z = torch.randn(n, v, device=device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    p = torch.empty(n, v, device=device, dtype=dtype)
+    u = torch.zeros(n, d, device=device)
+    code, absmax = torch.randn(16, device=device), torch.rand(v * d // 64, device=device)
+    packed = torch.randint(0, 256, (v * d // 2,), dtype=torch.uint8, device=device)
+    weight = Packed4bit(packed, code, absmax, 64, d)
+
+    def chunk(row: Rows) -> Tensor:
+        stats = torch.empty(2, n, -(-v // row.block), device=device)
+        chunk_softmax(z, labels, zeros, *stats, p, start=0)
+        return log_sums(*stats)
+
+    def fold(row: Rows) -> Tensor:
+        stats = torch.ones(2, n, -(-v // 128), device=device)
+        top = zeros - torch.inf
+        reference, total = top.clone(), zeros.clone()
+        fold_block(*stats, top, total, reference, p, u, tile=128)
+        return total
+
+    calls = {
+        "chunk": chunk,
+        "fold": fold,
+        "decode": lambda row: nf4_dequant(weight, dtype, start=0, end=v),
+    }
+    found = []
+    for name, call in calls.items():
+        p.zero_()
+        mine = {r: using(name, r, lambda r=r, c=call: c(r)) for r in rows(name, device)}
+        times, failed = compare(mine, device, rounds)
+        for row in mine:
+            found.append(
+                {"kernel": name, "row": row, "n": n, "v": v, "d": d}
+                | {"ms": times.get(row), "failed": failed.get(row, "")}
+            )
+    return found
+
+
+def best(found: list[dict[str, Any]], kernels: tuple[str, ...]) -> Any:
+    """The row with the least sum of times over `kernels` and hidden sizes; None if none ran."""
+    sums: dict[Any, float] = {}
+    for entry in found:
+        if entry["kernel"] in kernels and entry["row"] != "library":
+            ms = float("inf") if entry["ms"] is None else entry["ms"]
+            sums[entry["row"]] = sums.get(entry["row"], 0.0) + ms
+    row = min(sums, key=sums.__getitem__)
+    return None if sums[row] == float("inf") else row
+
+
+def own_ahead(found: list[dict[str, Any]]) -> dict[int, float]:
+    """By hidden size: our best product's time over the library path's."""
+    ratios = {}
+    for d in dict.fromkeys(e["d"] for e in found if e["kernel"] == "logps_forward"):
+        mine = [e for e in found if e["kernel"] == "logps_forward" and e["d"] == d]
+        library = next(e["ms"] for e in mine if e["row"] == "library")
+        own = [e["ms"] for e in mine if e["row"] != "library" and e["ms"] is not None]
+        if own and library is not None:
+            ratios[d] = min(own) / library
+    return ratios
+
+
+def proposal(found: list[dict[str, Any]], arch: str) -> str:
+    """Lines to paste into kernels/configs.py."""
+    ratios = own_ahead(found)
+    ahead = [d for d in sorted(ratios) if all(ratios[e] < 1 for e in ratios if e <= d)]
+    lines = [f'_TILES_16:      "{arch}": {best(found, ("logps_forward", "dz_tile"))},']
+    for name in ("chunk", "fold", "decode"):
+        lines.append(f"_{name.upper()}_ANY = {best(found, (name,))}")
+    lines.append(f'_TILES_UP_TO_D: "{arch}": {ahead[-1] if ahead else 0},')
+    shown = ", ".join(f"{d}: {ratio:.3f}" for d, ratio in ratios.items())
+    return "\n".join([*lines, f"# own product over library path by D: {shown}"])
+
+
+def markdown(found: list[dict[str, Any]]) -> str:
+    lines = ["| kernel | n x v x D | row | ms |", "|---|---|---|---|"]
+    ranked = sorted(found, key=lambda e: (e["kernel"], e["d"], e["ms"] or float("inf")))
+    for e in ranked:
+        ms = e["failed"] if e["ms"] is None else f"{e['ms']:.4f}"
+        lines.append(f"| {e['kernel']} | {e['n']} x {e['v']} x {e['d']} | {e['row']} | {ms} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    tokens: Annotated[int, typer.Option(help="tokens of one block")] = 2048,
+    vocab: Annotated[int, typer.Option(help="words of one block")] = 32768,
+    hidden: Annotated[str, typer.Option(help="hidden sizes, by commas")] = "1024,2048,4096,8192",
+    rounds: Annotated[int, typer.Option(help="interleaved rounds")] = 9,
+    tiny: Annotated[bool, typer.Option(help="small sizes, one round")] = False,
+    out: Annotated[Path | None, typer.Option(help="result file without suffix")] = None,
+) -> None:
+    """Time the candidates and print rows for kernels/configs.py."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reports = []
-    for dtype, d in itertools.product(args.dtype, args.hidden):
-        report = tune_one(
-            device, DTYPES[dtype], args.tokens, args.vocab, d, args.rounds, args.quick
-        )
-        reports.append(report)
-        print(json.dumps(report, indent=1), flush=True)
-    for dtype in args.dtype:
-        ahead = [r["d"] for r in reports if r["dtype"] == dtype and r["own_ahead"]]
-        print(f"{dtype} on {configs.arch(device)}: own product ahead at D in {ahead}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(
-            json.dumps({"arch": configs.arch(device), "reports": reports}, indent=1)
-        )
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    widths = [int(d) for d in hidden.split(",")]
+    if tiny:
+        tokens, vocab, widths, rounds = 64, 256, [64], 1
+    stem = environment.default_stem(device)
+    stem = out or stem.with_name(f"{stem.name}-tune")
+    environment.record(stem.with_name(stem.name + ".json"), device)
+    found: list[dict[str, Any]] = []
+    for d in widths:
+        found += tune_tiles(device, dtype, tokens, vocab, d, rounds)
+        found += tune_rows(device, tokens, vocab, d, rounds)
+        # After each size, so that a call that is cut off leaves its rows.
+        text = f"{markdown(found)}\n```\n{proposal(found, configs.arch(device))}\n```\n"
+        stem.with_name(stem.name + ".md").write_text(text)
+        printable = [entry | {"row": str(entry["row"])} for entry in found]
+        stem.with_name(stem.name + "-rows.json").write_text(json.dumps(printable, indent=1))
+    print(text + str(stem.with_name(stem.name + ".md")))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

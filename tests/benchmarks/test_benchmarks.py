@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import head_cases
 import pytest
 import torch
 
 from benchmarks import blocks, cpu_claim, end_to_end, environment, plot, run, scaling
 from benchmarks import peers as peers_module
-from benchmarks.cases import CASE_SETS, HEADS, MODES, Case, Inputs, make_inputs
+from benchmarks.cases import CASE_SETS, HEADS, MODES, Case, Inputs, load_inputs, make_inputs
 from benchmarks.measure import Plan, Worker, WorkerFailed, measure_group, spread
 from benchmarks.peers import PEERS, Peer, naive, select
 from benchmarks.truth import compute_truth, refusal, upstream
@@ -70,7 +74,29 @@ def test_truth_is_autograd_in_fp64(output: str, softcap: float) -> None:
     logps.backward(g)
     torch.testing.assert_close(truth.logps, logps.detach())
     torch.testing.assert_close(g.unsqueeze(1) * truth.u, exact.hidden.grad)
-    torch.testing.assert_close(truth.d_weight[output], exact.weight.grad)
+    torch.testing.assert_close(truth.d_trained[output], [exact.weight.grad])
+
+
+def test_truth_of_a_lora_layer_is_autograd_in_fp64() -> None:
+    inputs = make_inputs(replace(TINY, mode="trainable", kind="lora"))
+    truth = compute_truth(inputs)
+    a, b = (p.detach().double().requires_grad_() for p in inputs.trained)
+    hidden, labels = inputs.hidden.double().requires_grad_(), inputs.labels
+    logits = hidden @ inputs.weight.double().T + 2 * (hidden @ a.T) @ b.T  # alpha / r = 2
+    logps = logits.log_softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    logps.backward(inputs.grad.double())
+    torch.testing.assert_close(truth.logps, logps.detach())
+    torch.testing.assert_close(truth.d_trained["token_logps"], [a.grad, b.grad])
+
+
+def test_the_weight_of_an_nf4_layer_is_that_of_the_written_format() -> None:
+    pytest.importorskip("bitsandbytes")
+    inputs = make_inputs(replace(TINY, kind="nf4", hidden=64))
+    decoded = inputs.effective_weight(torch.float32)
+    assert torch.equal(decoded, head_cases.recipe(inputs.layer))
+    assert 0.01 < (decoded - inputs.weight).norm() / inputs.weight.norm() < 0.2
+    again = load_inputs(inputs.case, inputs.tensors())
+    assert torch.equal(again.effective_weight(torch.float32), decoded)
 
 
 def test_refusal_reads_every_error_and_catches_nan() -> None:
@@ -98,6 +124,80 @@ def test_peers_agree_with_the_truth(mode: str) -> None:
         assert ("grad_err_max" in row) == (mode != "score")
     for row in rows.values():  # those of packages that may be missing
         assert row["status"] == "ok" or (row["status"] == "unsupported" and row["reason"]), row
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("nf4", "frozen"), ("lora", "frozen"), ("lora", "trainable")]
+)
+def test_peers_on_layers(kind: str, mode: str) -> None:
+    """The head's own forward and ours are judged; who takes dense weights only says so."""
+    case = replace(TINY, kind=kind, mode=mode, hidden=64, softcap=20.0)
+    rows = measure_here(case, select("naive,naive-ce,torch-lce,trl,dilkern-torch"))
+    for name in ("naive", "naive-ce", "dilkern-torch"):
+        assert rows[name]["status"] == "ok", rows[name]
+        assert ("head_grad_err_max" in rows[name]) == (mode == "trainable")
+    assert rows["trl"]["status"] == rows["torch-lce"]["status"] == "unsupported"
+    assert "LoRA" in rows["trl"]["reason"]
+
+
+def test_trl_cannot_take_the_packed_weight() -> None:
+    """What the reason of its NF4 row says."""
+    pytest.importorskip("trl")
+    x = make_inputs(replace(TINY, kind="nf4", hidden=64))
+    with pytest.raises(RuntimeError, match="shape"):
+        PEERS["trl"].call(replace(x, weight=x.layer.weight))
+
+
+def test_a_wrong_or_missing_adapter_gradient_is_refused() -> None:
+    def wrong(x: Inputs) -> torch.Tensor:
+        a, _ = x.trained
+        handle = a.register_hook(lambda grad: 1.01 * grad)
+        x.hidden.register_hook(lambda grad: handle.remove())
+        return naive(x)
+
+    def missing(x: Inputs) -> torch.Tensor:
+        return naive(replace(x, layer=copy.deepcopy(x.layer)))
+
+    case = replace(TINY, kind="lora", mode="trainable", hidden=64)
+    calls = (("wrong", wrong), ("missing", missing))
+    rows = measure_here(case, [Peer(name, "torch", call, layers=True) for name, call in calls])
+    for row in rows.values():
+        assert row["status"] == "refused" and "head_grad" in row["reason"], row
+
+
+def bound(real: Any, result: torch.Tensor, *, skip: int = 0) -> Any:
+    """A stand-in for `real` that only checks that the arguments fit its signature."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        inspect.signature(real).bind(*[None] * skip, *args, **kwargs)
+        return result
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["cce", "cce-unfiltered"])
+def test_arguments_of_cut_cross_entropy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels need a GPU, its signature does not."""
+    package = pytest.importorskip("cut_cross_entropy")
+    inputs, seen = make_inputs(TINY), torch.ones(TINY.tokens)
+    real = package.linear_cross_entropy
+    monkeypatch.setattr(package, "linear_cross_entropy", bound(real, seen))
+    assert torch.equal(PEERS[name].call(inputs), -seen)
+    with pytest.raises(TypeError):
+        bound(real, seen)(inputs.hidden, inputs.weight, inputs.labels, nothing=1)
+
+
+@pytest.mark.parametrize("name", ["liger-flce", "liger-flce-mean"])
+def test_arguments_of_liger(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("liger_kernel.transformers.fused_linear_cross_entropy")
+    function = module.LigerFusedLinearCrossEntropyFunction
+    seen = torch.ones(TINY.tokens)
+    stand_in = bound(function.forward, (seen, None, None, None), skip=1)  # ctx
+    monkeypatch.setattr(
+        module, "LigerFusedLinearCrossEntropyFunction", SimpleNamespace(apply=stand_in)
+    )
+    sign = -1 if PEERS[name].output == "token_logps" else 1
+    assert torch.equal(PEERS[name].call(make_inputs(TINY)), sign * seen)
 
 
 def wrong_value(x: Inputs) -> torch.Tensor:
@@ -205,9 +305,9 @@ def test_a_run_resumes_and_keeps_its_budget(
     assert run.run(cases, "naive,trl", CPU, stem, QUICK)
     assert seen == [case.key for case in cases]
     assert run.run(cases, "naive,trl", CPU, stem, QUICK)
-    assert len(seen) == 2
+    assert len(seen) == len(cases)
     rows = run.read_rows(stem.with_name("result.csv"))
-    assert [row["peer"] for row in rows] == ["naive", "trl"] * 2
+    assert [row["peer"] for row in rows] == ["naive", "trl"] * len(cases)
     about = json.loads(stem.with_name("result.json").read_text())
     assert len(about["calls"]) == 3
     assert {"commit", "dirty", "versions", "cpu", "threads", "inputs"} <= set(about["calls"][0])
@@ -248,13 +348,16 @@ def test_selection_of_cases() -> None:
 
 def test_pictures_and_tables_come_from_the_file(tmp_path: Path) -> None:
     rows = []
-    for tokens in (32, 64):
-        rows += fake_group(replace(TINY, tokens=tokens), select("naive,trl,dilkern-torch"))
+    for tokens, vocab in ((32, 200), (64, 200), (64, 400)):
+        case = replace(TINY, tokens=tokens, vocab=vocab)
+        rows += fake_group(case, select("naive,trl,dilkern-torch"))
     file = tmp_path / "r.csv"
     run.append_rows(file, rows)
     made = plot.draw(file, tmp_path / "pictures")
     assert all(path.stat().st_size > 0 for path in made)
-    assert any(path.name == "r-tokens.png" for path in made)
+    names = {path.name for path in made}
+    assert {"r-tokens.png", "r-vocab.png", "r-accuracy.png"} <= names
+    assert "r-tiny@64-float32-frozen.png" in names  # bars: time, memory, multiple of the GEMM
     text = (tmp_path / "pictures" / "r.md").read_text()
     assert "| dilkern-torch |" in text and "| naive |" in text
     assert "| trl | refused: grad_err_max 1 > 0.1 |" in text
@@ -290,14 +393,16 @@ def test_the_claim_names_what_it_missed() -> None:
 def test_scaling_fits_exponents(tmp_path: Path) -> None:
     assert scaling.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
     rows = []
-    for axis in scaling.AXES:
-        cases = scaling.points(axis)
-        assert len({case.key for case in cases}) == len(cases)
+    for study in scaling.STUDIES.values():
+        every = [case.key for axis in study.axes for case in scaling.points(axis, study)]
+        assert len(set(every)) == len(every)
+    for axis in scaling.CPU_AXES:
+        cases = scaling.points(axis, scaling.STUDIES["cpu"])
         for case in cases:
             row = case.row() | {"peer": "naive", "status": "ok", "gemm_multiple_min": 2.0}
             rows.append(row | {"total_ms_min": row[axis] ** 1.5, "peak_mib": 7.0})
     fits = scaling.fit(rows)
-    assert [f["axis"] for f in fits] == list(scaling.AXES)
+    assert [f["axis"] for f in fits] == list(scaling.CPU_AXES)
     for f in fits:
         assert f["time_exponent"] == pytest.approx(1.5)
         assert f["memory_exponent"] == pytest.approx(0, abs=1e-9)
@@ -317,9 +422,10 @@ def test_the_strips_of_the_block_study_are_the_log_sum_exp() -> None:
     assert "own plan" in blocks.report("t", jobs, 1)
 
 
-def test_one_training_step_three_ways() -> None:
+@pytest.mark.parametrize("big", [{}, {"four_bit": True, "checkpoint": True, "checked_pairs": 1}])
+def test_one_training_step_three_ways(big: dict[str, Any]) -> None:
     pytest.importorskip("trl")
-    setup = end_to_end.Setup("micro", pairs=2, length=16, prompt=4)
+    setup = end_to_end.Setup("micro", pairs=2, length=16, prompt=4, **big)
     rows = end_to_end.measure(setup, 1, remote=False)
     assert [row["method"] for row in rows] == list(end_to_end.METHODS)
     for row in rows:
@@ -341,3 +447,65 @@ def test_a_training_step_with_a_wrong_gradient_is_refused(monkeypatch: pytest.Mo
     )
     assert rows[0]["status"] == "ok" and rows[1]["status"] == "refused"
     assert "step_ms" not in rows[1] and "peak_mib" not in rows[1]
+
+
+def test_a_four_bit_step_trains_the_packed_model_and_is_judged_by_its_decoded_one() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    setup = end_to_end.Setup("micro", four_bit=True)
+    packed = end_to_end.build_model(setup, torch.float32, fused=False)
+    exact = end_to_end.build_model(setup, torch.float64, fused=False)
+    layers = [m for m in packed.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(layers) == 7 and not [m for m in exact.modules() if type(m) is type(layers[0])]
+    mlp = "base_model.model.model.layers.0.mlp.up_proj"
+    assert torch.equal(
+        head_cases.recipe(packed.get_submodule(mlp)).double(), exact.get_submodule(mlp).weight
+    )
+
+
+@pytest.mark.parametrize("limit", [0, 7, 8, 100, 1000, 1024, 5000])
+def test_longest_finds_the_limit_within_a_sixteenth(limit: int) -> None:
+    tried: list[int] = []
+
+    def trial(length: int) -> bool:
+        tried.append(length)
+        return length <= limit
+
+    found = end_to_end.longest(trial, unit=8, most=1024)
+    assert found <= limit and found % 8 == 0 and len(tried) < 16
+    assert min(limit, 1024) - found <= max(8, found // 16)
+
+
+def test_running_out_of_memory_is_an_answer_and_other_errors_are_not() -> None:
+    setup = end_to_end.Setup("micro", pairs=1, length=8, prompt=2)
+    task = end_to_end.StepTask(setup, "naive", 1)
+    assert task.fits(16)
+    short = task.logps
+
+    def logps(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return short(model, ids, labels)
+
+    task.logps = logps
+    assert task.fits(16) and not task.fits(24)
+    task.logps = lambda *unused: torch.ones(2) @ torch.ones(3)
+    with pytest.raises(RuntimeError, match="size"):
+        task.fits(16)
+
+
+def test_sources_changed_after_packing_are_dirty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy without git: the commit is what `pack` noted, if the sources are still the same."""
+    monkeypatch.setattr(environment, "_output", lambda *command: "")
+    monkeypatch.setattr(environment, "PACK", tmp_path)
+    assert environment.identity() | {"fingerprint": ""} == {
+        "commit": "unknown",
+        "dirty": True,
+        "fingerprint": "",
+    }
+    noted = {"commit": "abc", "dirty": False, "fingerprint": environment.fingerprint()}
+    (tmp_path / "commit.json").write_text(json.dumps(noted))
+    assert environment.commit() == "abc" and not environment.dirty()
+    monkeypatch.setattr(environment, "fingerprint", lambda: "other")
+    assert environment.dirty()

@@ -1,0 +1,60 @@
+"""Where the time of one peer goes, kernel by kernel: `python -m benchmarks.breakdown CASE PEER`.
+
+torch's profiler over a few runs of one case; the same command is what to wrap in a hardware profiler:
+
+    ncu --clock-control none --set full -k regex:logps_forward -c 4 -o out \\
+        python -m benchmarks.breakdown llama-3-8b@8192-bfloat16-frozen dilkern-triton --runs 1 --plain
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import environment
+from benchmarks.cases import make_inputs
+from benchmarks.measure import execute
+from benchmarks.peers import PEERS
+from benchmarks.run import select_cases
+
+
+def main(
+    case: Annotated[str, typer.Argument(help="the key of one case, as in the result files")],
+    peer: Annotated[str, typer.Argument(help=f"of {', '.join(PEERS)}")],
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto")] = "auto",
+    runs: Annotated[int, typer.Option(help="profiled runs, after two to warm up")] = 3,
+    plain: Annotated[bool, typer.Option(help="no torch profiler: another one is around")] = False,
+    out: Annotated[Path | None, typer.Option(help="result file without suffix")] = None,
+) -> None:
+    """Profile one peer on one case and print its kernels by time."""
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    (chosen,) = [found for found in select_cases(case) if found.key == case]
+    inputs = make_inputs(chosen, kind).require_grads()
+    for _ in range(2):
+        execute(PEERS[peer], inputs)
+    if plain:
+        for _ in range(runs):
+            execute(PEERS[peer], inputs)
+        return
+    activities = [ProfilerActivity.CPU]
+    activities += [ProfilerActivity.CUDA] if kind == "cuda" else []
+    with profile(activities=activities) as found:
+        for _ in range(runs):
+            execute(PEERS[peer], inputs)
+    key = "self_device_time_total" if kind == "cuda" else "self_cpu_time_total"
+    text = found.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70)
+    text = f"{case}, {peer}, {runs} runs\n{text}\n"
+    stem = environment.default_stem(torch.device(kind))
+    stem = out or stem.with_name(f"{stem.name}-breakdown")
+    environment.record(stem.with_name(stem.name + ".json"), torch.device(kind))
+    with stem.with_name(stem.name + ".txt").open("a") as file:
+        file.write(text)
+    print(text + str(stem.with_name(stem.name + ".txt")))
+
+
+if __name__ == "__main__":
+    typer.run(main)
