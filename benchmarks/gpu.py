@@ -41,7 +41,7 @@ INSTALL = (
     "python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade "
     "--target /tmp/site .whl/*.whl && export PYTHONPATH=/tmp/site:$PWD PYTHONUNBUFFERED=1 || exit;"
 )
-KERNELS = "regex:_(logps_forward|chunk_softmax|fold_block|dz_tile)_kernel"
+KERNELS = "regex:_(logps_forward|chunk_softmax|fold_block|dz_tile|chunk_dz)_kernel"
 PROFILED = tuple(
     f"{case}@8192-bfloat16-{mode}"
     for case, mode in (

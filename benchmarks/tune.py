@@ -143,7 +143,7 @@ def tune_tiles(
         return log_sums(*stats)
 
     def recompute() -> Tensor:
-        dz_tile(h, w, labels, zeros, zeros - 10, zeros + 1, g, p, start=0)
+        dz_tile(h, w, labels, torch.stack((zeros + 10, zeros)), zeros + 1, g, p, start=0)
         return p
 
     candidates = tiles(device, dtype)
