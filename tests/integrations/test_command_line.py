@@ -17,11 +17,6 @@ from dilkern.cli import app, main
 ROWS = tiny.pairs(16)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.save(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def data(tmp_path):
     path = tmp_path / "pairs.jsonl"
