@@ -69,18 +69,24 @@ def score_packed(
     return output
 
 
-def check_attention(name: str | None) -> None:
-    """Refuse flash_attention_2 where its package is missing, before a model is loaded for it.
+def check_attention(name: str | None, device: torch.device) -> None:
+    """Refuse an attention implementation that cannot train here, before a model is loaded for it.
 
     Raises:
-        ValueError: flash-attn is not installed, or there is no GPU for it.
+        ValueError: flash_attention_2 without its package or on a CPU; flex_attention on a CPU.
     """
-    if name == "flash_attention_2" and not is_flash_attn_2_available():
+    if name == "flash_attention_2" and (device.type == "cpu" or not is_flash_attn_2_available()):
         reject(
-            "attn_implementation='flash_attention_2' needs the package flash-attn and a CUDA GPU",
-            "one of them missing",
-            "pip install 'dilkern[flash]' on a machine with a GPU, or use attn_implementation="
-            "'sdpa', which padding_free takes too.",
+            "attn_implementation='flash_attention_2' needs a GPU and the package flash-attn",
+            "a CPU" if device.type == "cpu" else "flash-attn is not installed, or has no GPU",
+            "On a machine with a GPU: pip install 'dilkern[flash]'. Anywhere: "
+            "attn_implementation='sdpa', with which padding_free works too.",
+        )
+    if name == "flex_attention" and device.type == "cpu":
+        reject(
+            "attn_implementation='flex_attention' needs a GPU",
+            "a CPU, where torch has no backward of it",
+            "Use attn_implementation='sdpa', with which padding_free works too.",
         )
 
 

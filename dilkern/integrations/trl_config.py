@@ -117,7 +117,7 @@ class DILConfig(DPOConfig):  # type: ignore[misc]
                 reject(f"DILTrainer has no `{name}`", repr(value), remedy)
         _check_report_to(self.report_to)
         init: Any = self.model_init_kwargs or {}
-        check_attention(init.get("attn_implementation"))
+        check_attention(init.get("attn_implementation"), self.device)
         check_positive("workspace_mib", self.workspace_mib)
         check_choice("backend", self.backend, ("auto", *BACKENDS))
         if not entry.reference:
