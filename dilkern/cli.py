@@ -78,7 +78,14 @@ def _model_limits(model: str, max_length: int | None, trust_remote_code: bool) -
     """Return the sequence length to train with, at most what the model has positions for."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        reject(
+            "--model must be a folder with a config.json or a model id of the hub",
+            f"{model}: {str(error).splitlines()[0].rstrip('.')}",
+            "Check the path or id, the network, and HF_TOKEN for a gated model.",
+        )
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if max_length is None:
         return min(1024, positions or 1024)
@@ -155,13 +162,13 @@ def _splits(dataset: str, split: str, held_out: str | None, fraction: float, see
 def train(
     context: typer.Context,
     model: Annotated[str, Option(help="Folder or hub id of a causal LM.")] = ...,  # type: ignore[assignment]
-    dataset: Annotated[str, Option(help=".jsonl, .parquet or hub id.")] = ...,  # type: ignore[assignment]
+    dataset: Annotated[str, Option(help=".jsonl, .parquet, folder of them, or hub id.")] = ...,  # type: ignore[assignment]
     output_dir: Annotated[Path, Option(help="Where everything is written.")] = Path("out"),
     config: Annotated[
         Path | None,
         Option(help="YAML file with any of these options.", callback=_read_config, is_eager=True),
     ] = None,
-    dataset_split: Annotated[str, Option(help="Split of a hub dataset.")] = "train",
+    dataset_split: Annotated[str, Option(help="Split of a folder or hub dataset.")] = "train",
     eval_dataset: Annotated[str | None, Option(help="Held-out pairs, as --dataset.")] = None,
     eval_split: Annotated[float, Option(help="Fraction of the data held out.")] = 0.0,
     loss: Annotated[str, Option(help=f"One of: {', '.join(LOSSES)}.")] = "lsif",

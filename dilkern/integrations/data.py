@@ -41,6 +41,23 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
             )
 
 
+def _load_dataset(source: str, split: str) -> Any:
+    """Load a folder or a dataset of the hub, as `datasets` finds the files of a split in it."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return datasets.load_dataset(source, split=split)
+    except (DatasetsError, FileNotFoundError, ConnectionError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        reject(
+            f"{source}: must be a folder of .jsonl or .parquet files or a dataset id of the hub, "
+            f"with a split {split!r}",
+            f"{type(error).__name__}: {reason}",
+            "Check the id or path, the split (`split=`, --dataset-split), the network, and HF_TOKEN.",
+        )
+
+
 def _rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
     path = Path(source)
     if path.suffix in (".jsonl", ".json", ".ndjson") and path.is_file():
@@ -50,14 +67,14 @@ def _rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
 
     if path.suffix == ".parquet" and path.is_file():
         table = datasets.Dataset.from_parquet(str(path))
-    elif path.exists() or path.suffix in (".jsonl", ".json", ".ndjson", ".parquet"):
+    elif path.is_file() or path.suffix in (".jsonl", ".json", ".ndjson", ".parquet"):
         reject(
-            "the dataset must be a .jsonl or .parquet file, or a hub id",
+            "the dataset must be a .jsonl or .parquet file, a folder of them, or a hub id",
             f"{source}, which {'is something else' if path.exists() else 'does not exist'}",
             "Check the path.",
         )
     else:
-        table = datasets.load_dataset(source, split=split)
+        table = _load_dataset(source, split)
     for number, row in enumerate(table, 1):
         yield f"{source}, row {number}", {k: v for k, v in row.items() if v is not None}
 
@@ -151,8 +168,8 @@ def read_preferences(source: str, *, split: str = "train") -> Any:
     """Read and check a preference dataset.
 
     Args:
-        source: a .jsonl or .parquet file, or a dataset id of the hub.
-        split: split of a hub dataset.
+        source: a .jsonl or .parquet file, a folder of them, or a dataset id of the hub.
+        split: split of a folder or of a hub dataset.
 
     Returns:
         datasets.Dataset with the columns of TRL's formats; other columns are dropped.

@@ -44,6 +44,24 @@ def test_parquet(tmp_path):
         read_preferences(path)
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_folder(tmp_path, suffix):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for split, rows in {"train": GOOD, "test": tiny.pairs(2)}.items():
+        if suffix == "parquet":
+            tiny.dataset(len(rows)).to_parquet(str(folder / f"{split}.parquet"))
+        else:
+            write(folder, dump(rows), f"{split}.jsonl")
+    assert read_preferences(str(folder)).to_list() == GOOD
+    assert len(read_preferences(str(folder), split="test")) == 2
+    with pytest.raises(ValueError, match=r"Unknown split .nope.*--dataset-split"):
+        read_preferences(str(folder), split="nope")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="doesn't contain any data files"):
+        read_preferences(str(tmp_path / "empty"))
+
+
 def changed(**values):
     return json.dumps({k: v for k, v in {**GOOD[1], **values}.items() if v is not None})
 
