@@ -39,17 +39,21 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     if not path.is_file():
         raise typer.BadParameter(f"{path} does not exist")
     values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    known = {parameter.name for parameter in context.command.params} - {"config"}
+    options = {str(option.name): option for option in context.command.params}
+    known = set(options) - {"config"}
     if not isinstance(values, dict):
         raise typer.BadParameter(f"{path} must be a mapping of option names to values")
     values = {str(key).replace("-", "_"): value for key, value in values.items()}
     unknown = sorted(set(values) - known)
     if unknown:
         raise typer.BadParameter(
-            f"{path}: unknown options {', '.join(unknown)}. Known: {', '.join(sorted(map(str, known)))}"
+            f"{path}: unknown options {', '.join(unknown)}. Known: {', '.join(sorted(known))}"
         )
     if isinstance(values.get("loss_param"), dict):
         values["loss_param"] = [f"{key}={value}" for key, value in values["loss_param"].items()]
+    for key, value in values.items():
+        if getattr(options[key], "multiple", False) and not isinstance(value, (list, type(None))):
+            values[key] = [value]
     context.default_map = {key: value for key, value in values.items() if value is not None}
     return path
 
@@ -112,6 +116,12 @@ def _lora(rank: int, alpha: int | None, dropout: float, targets: list[str]) -> A
         reject("--lora-r must be >= 0", str(rank), "0 trains all weights.")
     if rank == 0:
         return None
+    if "all-linear" in targets and len(targets) > 1:
+        reject(
+            "--lora-target all-linear stands alone; it is every linear layer but the lm_head",
+            ", ".join(targets),
+            "Name the modules, e.g. --lora-target q_proj --lora-target lm_head.",
+        )
     from peft import LoraConfig
 
     return LoraConfig(
@@ -215,7 +225,7 @@ def train(
     save_steps: Annotated[int, Option(help="Updates between checkpoints; 0: epochs.")] = 0,
     save_total_limit: Annotated[int, Option(help="Checkpoints kept.")] = 2,
     resume: Annotated[bool, Option(help="Go on from the newest whole checkpoint.")] = False,
-    report_to: Annotated[str, Option(help="none, tensorboard, wandb, trackio, ...")] = "none",
+    report_to: Annotated[list[str], Option(help="tensorboard, wandb, trackio, ...")] = ["none"],  # noqa: B006
     seed: Annotated[int, Option(help="Of data order and adapter.")] = 42,
     trust_remote_code: Annotated[bool, Option(help="Run code that comes with a model.")] = False,
 ) -> None:

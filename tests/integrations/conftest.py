@@ -23,6 +23,8 @@ THIRD_PARTY_WARNINGS = (
     "ignore:.*pin_memory.*:UserWarning",
     # peft, about its own conversion of LoRA for fused experts.
     "ignore:The following .*_pattern keys:RuntimeWarning",
+    # peft, about saving the frozen embeddings beside an adapter on the lm_head.
+    "ignore:Setting `save_embedding_layers`:UserWarning",
 )
 
 

@@ -16,9 +16,6 @@ KINDS = {
     "modules_to_save": {"target_modules": TARGETS[:2], "modules_to_save": ["lm_head"]},
 }
 
-# peft, about saving the frozen embeddings beside an adapter on the lm_head.
-pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
-
 
 def adapter(**options):
     return LoraConfig(r=4, task_type="CAUSAL_LM", **{"target_modules": TARGETS, **options})
