@@ -17,12 +17,13 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
 from dilkern.integrations.collators import UnpairedCollator, mismatched
+from dilkern.integrations.data import check_completions
 from dilkern.integrations.packing import check_packing, score_packed
 from dilkern.integrations.transformers import (
     DILOutput,
@@ -72,6 +73,12 @@ def _head_without_adapter(model: Any) -> Iterator[None]:
         yield
     finally:
         del causal.get_output_embeddings
+
+
+def _source(args: Any) -> dict[str, Any]:
+    """Return which files of a model to take, for what is loaded beside its weights."""
+    init = args.model_init_kwargs or {}
+    return {"revision": init.get("revision"), "trust_remote_code": args.trust_remote_code}
 
 
 def _is_unpaired(dataset: Any) -> bool:
@@ -135,6 +142,12 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         self._needs_reference = entry.reference and not args.reference_free and not given
         self._check(entry, args, ref_model, given, kwargs)
         self._packed, init = args.padding_free, args.model_init_kwargs
+        config = (
+            AutoConfig.from_pretrained(model, **_source(args))
+            if isinstance(model, str)
+            else model.config
+        )
+        self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         if kwargs.get("peft_config") is not None and isinstance(model, str):
             model = self._load(model, args, kwargs)
             args.model_init_kwargs = None  # used up; the parent warns that it ignores them
@@ -180,9 +193,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             init["device_map"] = None  # "auto" would spread each rank's model over all GPUs
         if kwargs.get("processing_class") is None:
-            kwargs["processing_class"] = AutoProcessor.from_pretrained(
-                name, revision=init.get("revision"), trust_remote_code=args.trust_remote_code
-            )
+            kwargs["processing_class"] = AutoProcessor.from_pretrained(name, **_source(args))
         return create_model_from_path(name, **init)
 
     def _check(
@@ -242,11 +253,8 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
     def _unpaired_collator(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         processing_class = kwargs.get("processing_class")
         if processing_class is None:
-            init = (args.model_init_kwargs or {}) if isinstance(model, str) else {}
             name = model if isinstance(model, str) else get_config_model_id(model.config)
-            processing_class = AutoProcessor.from_pretrained(
-                name, revision=init.get("revision"), trust_remote_code=args.trust_remote_code
-            )
+            processing_class = AutoProcessor.from_pretrained(name, **_source(args))
             kwargs["processing_class"] = processing_class
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
@@ -270,6 +278,8 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             self._checked.add(id(model))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
+        if not {"chosen_ids", "completion_ids"} & set(next(iter(dataset))):
+            check_completions(dataset, f"{name} dataset")
         if not self._unpaired:
             prepared = super()._prepare_dataset(dataset, processing_class, args, name)
         elif "completion_ids" in next(iter(dataset)):
@@ -292,7 +302,27 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 f"{len(dataset)} longer ones",
                 "Raise max_length, or shorten the prompts.",
             )
+        if isinstance(prepared, Dataset):
+            self._check_lengths(prepared, args.max_length, name)
         return prepared
+
+    def _check_lengths(self, prepared: Dataset, max_length: int | None, name: str) -> None:
+        """Refuse sequences with more tokens than the model has positions."""
+        positions = self._positions
+        if positions is None or (max_length is not None and max_length <= positions):
+            return
+        completions = [
+            c for c in ("chosen_ids", "rejected_ids", "completion_ids") if c in prepared[0]
+        ]
+        for number, row in enumerate(prepared.select_columns(["prompt_ids", *completions]), 1):
+            size = len(row["prompt_ids"]) + max(len(row[key]) for key in completions)
+            if min(size, max_length or size) > positions:
+                reject(
+                    f"{name} dataset, row {number} (tokenized): a sequence must fit into the "
+                    f"{positions} positions of the model",
+                    f"{size} tokens",
+                    f"Set max_length={positions}, drop the row, or take a model with more.",
+                )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -208,6 +208,15 @@ def test_refused_before_training(folder, data, tmp_path, options, message):
     assert not list(tmp_path.glob("out/checkpoint-*"))
 
 
+def test_no_chat_template_is_refused_before_training(data, tmp_path):
+    folder = tmp_path / "model"
+    bare = tiny.save(folder)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match=r"pairs.jsonl, row 1: .*chat template.*instruction-tuned"):
+        train(*flags(bare, data, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_line_and_messages_of_main(folder, data, tmp_path, monkeypatch, capsys):
     with open(data, "a") as file:
         file.write('{"prompt": "a", "chosen": "b"}\n')

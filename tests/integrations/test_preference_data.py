@@ -121,5 +121,5 @@ def test_conversational_data_needs_a_chat_template():
     bare.chat_template = None
     check_against_tokenizer(tiny.dataset(2), tiny.tokenizer(), "x")
     check_against_tokenizer(tiny.dataset(2, conversational=False), bare, "x")
-    with pytest.raises(ValueError, match=r"x: .*chat template"):
+    with pytest.raises(ValueError, match=r"x, row 1: .*chat template"):
         check_against_tokenizer(tiny.dataset(2), bare, "x")

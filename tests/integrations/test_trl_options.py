@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny_models as tiny
+from datasets import Dataset
 from training_runs import COMMON, losses
 from trl import DPOConfig
 
@@ -54,6 +55,33 @@ def test_data_that_does_not_fit_raises(quick):
         quick(config=DPOConfig)
     with pytest.raises(ValueError, match="train_dataset"):
         DILTrainer(tiny.build(), args=DILConfig("unused", **COMMON))
+
+
+@pytest.mark.parametrize("kind", ["text", "messages"])
+def test_columns_and_completions_are_checked_in_every_dataset(quick, kind):
+    rows = tiny.pairs(5, conversational=kind == "messages")
+    good = Dataset.from_list(rows)
+    misnamed = good.rename_column("rejected", "rejectd")
+    empty = [{"role": "assistant", "content": " "}] if kind == "messages" else ""
+    hollow = Dataset.from_list([*rows[:3], {**rows[3], "chosen": empty}, rows[4]])
+    for data, message in (
+        (misnamed, "dataset, row 1: key 'rejected' is required.*Rename 'rejectd'"),
+        (hollow, "dataset, row 4: 'chosen' must not be empty.*drop the row"),
+    ):
+        with pytest.raises(ValueError, match=f"train {message}"):
+            quick(data=data)
+        with pytest.raises(ValueError, match=f"eval {message}"):
+            quick(data=good, init={"eval_dataset": data})
+
+
+def test_sequences_beyond_the_positions_of_the_model_are_refused(quick):
+    rows = tiny.pairs(5)
+    rows[2]["rejected"][0]["content"] *= 40
+    data = Dataset.from_list(rows)
+    for max_length in (None, 1024):
+        with pytest.raises(ValueError, match=r"row 3 .tokenized.*256 positions.*max_length=256"):
+            quick(data=data, max_length=max_length)
+    assert len(losses(quick(data=data, max_length=256, max_steps=1))) == 1
 
 
 def test_loss_parameters_arrive(quick, tmp_path):
