@@ -96,10 +96,16 @@ def test_flags_and_yaml_mean_the_same(folder, data, tmp_path):
     assert [e.get("loss") for e in have] == [e.get("loss") for e in want]
     log = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert log["target_modules"] == ["q_proj"], "one word for an option that takes several"
-    config.write_text("modell: x\n")
-    refused = train("--config", str(config))
-    assert refused.exit_code == 2
-    assert "modell" in refused.output
+    for text, message in (
+        ("modell: x", r"run.yaml: every key .* 'modell'. Rename it to 'model'"),
+        ("model: [x", "must be a YAML file"),
+        ("- model", "must map names"),
+    ):
+        config.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            train("--config", str(config))
+    with pytest.raises(ValueError, match="which is none"):
+        train("--config", str(tmp_path / "none.yaml"))
 
 
 VARIANTS = {

@@ -11,13 +11,13 @@ import tiny_models as tiny
 
 ERRORS = """
 import json, sys
-from dilkern.cli import _model_limits
+from dilkern.integrations.options import model_limits
 from dilkern.integrations.data import read_preferences
 messages = []
 for call in (
     lambda: read_preferences("me/pairs", split="nope"),
     lambda: read_preferences("me/none"),
-    lambda: _model_limits("me/none", None, False),
+    lambda: model_limits("me/none", None, False),
 ):
     try:
         call()
