@@ -10,7 +10,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: install demo test check gpu aot kernels fuzz bench bench-gpu gpu-pack clean
+.PHONY: install demo test check gpu aot kernels trl fuzz bench bench-gpu gpu-pack clean
 
 install: $(VENV)/.installed
 
@@ -56,6 +56,13 @@ aot: install $(ASIDE)
 # Numerics of every kernel, in the interpreter.
 kernels: install $(ASIDE)
 	$(if $(TRITON),PYTHONPATH=$(CURDIR)/$(ASIDE)) TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -m "not fuzz"
+
+# The trainer's tests under another TRL, installed aside; docs/trainers.md lists what passed.
+TRL ?= 1.12.0
+trl: install
+	PIP_CONSTRAINT= $(BIN)/pip install -q --no-deps --upgrade --target out/trl-$(TRL) trl==$(TRL)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/out/trl-$(TRL) HF_HUB_OFFLINE=1 $(BIN)/pytest \
+	  $(addprefix tests/integrations/test_,$(addsuffix .py,trl trl_options lora_on_the_head padding_free))
 
 # 2,000 random cases of the op in the interpreter; a failure names its seed.
 fuzz: install

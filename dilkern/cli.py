@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import json
 import platform
@@ -13,8 +14,9 @@ import torch
 
 from dilkern import __version__
 from dilkern.backends.base import BACKENDS, why_not
+from dilkern.integrations import options
 from dilkern.losses import LOSSES, get_loss
-from dilkern.validation import check_choice, reject
+from dilkern.validation import reject
 
 try:
     import typer
@@ -37,131 +39,47 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     import yaml
 
     if not path.is_file():
-        raise typer.BadParameter(f"{path} does not exist")
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    known = {parameter.name for parameter in context.command.params} - {"config"}
+        reject("--config must be a YAML file", f"{path}, which is none", "Check the path.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        reject("--config must be a YAML file", f"{path}: {error}", "Correct this place.")
     if not isinstance(values, dict):
-        raise typer.BadParameter(f"{path} must be a mapping of option names to values")
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise typer.BadParameter(
-            f"{path}: unknown options {', '.join(unknown)}. Known: {', '.join(sorted(map(str, known)))}"
+        reject(
+            "--config must map names of options to values",
+            f"{path}, a {type(values).__name__}",
+            "Write lines such as `lora_r: 8`.",
         )
+    values = {str(key).replace("-", "_"): v for key, v in values.items() if v is not None}
+    parameters = {str(parameter.name): parameter for parameter in context.command.params}
+    for key in values:
+        if key not in parameters or key == "config":
+            near = difflib.get_close_matches(key, parameters, 1)
+            reject(
+                f"{path}: every key must be an option of `dilkern {context.info_name}`",
+                repr(key),
+                f"Rename it to {near[0]!r}." if near else "See --help for the options.",
+            )
     if isinstance(values.get("loss_param"), dict):
         values["loss_param"] = [f"{key}={value}" for key, value in values["loss_param"].items()]
-    context.default_map = {key: value for key, value in values.items() if value is not None}
+    for key, value in values.items():
+        if getattr(parameters[key], "multiple", False) and not isinstance(value, list):
+            values[key] = [value]
+    context.default_map = values
     return path
-
-
-def _loss_params(items: list[str]) -> dict[str, float]:
-    params = {}
-    for item in items:
-        name, _, value = item.partition("=")
-        try:
-            params[name] = float(value)
-        except ValueError:
-            reject("--loss-param must be NAME=NUMBER", repr(item), "Write e.g. lam=-0.5.")
-    return params
-
-
-def _limit(text: str) -> float | None:
-    if text.lower() == "none":
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        reject("--max-log-ratio must be a number or 'none'", repr(text), "10 is the default.")
-
-
-def _model_limits(model: str, max_length: int | None, trust_remote_code: bool) -> int:
-    """Return the sequence length to train with, at most what the model has positions for."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if max_length is None:
-        return min(1024, positions or 1024)
-    if positions is not None and max_length > positions:
-        reject(
-            f"--max-length must be at most the {positions} positions of the model",
-            str(max_length),
-            "Lower it, or take a model with a longer context.",
-        )
-    return max_length
-
-
-def _precision(precision: str, on_cpu: bool) -> tuple[bool, bool]:
-    check_choice("precision", precision, ("auto", "fp32", "bf16", "fp16"))
-    if precision == "auto":
-        precision = "fp32" if on_cpu or not torch.cuda.is_bf16_supported() else "bf16"
-    if precision == "fp16" and on_cpu:
-        reject("--precision fp16 needs a GPU", "a CPU", "Use fp32 or bf16.")
-    return precision == "bf16", precision == "fp16"
-
-
-def _lora(rank: int, alpha: int | None, dropout: float, targets: list[str]) -> Any:
-    if rank < 0:
-        reject("--lora-r must be >= 0", str(rank), "0 trains all weights.")
-    if rank == 0:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,
-        lora_dropout=dropout,
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
-        task_type="CAUSAL_LM",
-    )
-
-
-def _four_bit(compute: torch.dtype, lm_head: bool) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        # transformers leaves the lm_head in 16 bits by default; an empty list quantises it too.
-        llm_int8_skip_modules=[] if lm_head else None,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-    )
-
-
-def _splits(dataset: str, split: str, held_out: str | None, fraction: float, seed: int) -> Any:
-    from dilkern.integrations.data import read_preferences
-
-    train = read_preferences(dataset, split=split)
-    if held_out is not None:
-        if fraction:
-            reject(
-                "held-out pairs come from one place", "--eval-dataset and --eval-split", "Drop one."
-            )
-        return train, read_preferences(held_out, split=split)
-    if not fraction:
-        return train, None
-    if not 0 < fraction < 1 or len(train) < 2:
-        reject(
-            "--eval-split must be a fraction between 0 and 1 of at least 2 rows",
-            f"{fraction} of {len(train)}",
-            "Use e.g. 0.1.",
-        )
-    parts = train.train_test_split(test_size=fraction, seed=seed)
-    return parts["train"], parts["test"]
 
 
 @app.command()
 def train(
     context: typer.Context,
     model: Annotated[str, Option(help="Folder or hub id of a causal LM.")] = ...,  # type: ignore[assignment]
-    dataset: Annotated[str, Option(help=".jsonl, .parquet or hub id.")] = ...,  # type: ignore[assignment]
+    dataset: Annotated[str, Option(help=".jsonl, .parquet, folder of them, or hub id.")] = ...,  # type: ignore[assignment]
     output_dir: Annotated[Path, Option(help="Where everything is written.")] = Path("out"),
     config: Annotated[
         Path | None,
         Option(help="YAML file with any of these options.", callback=_read_config, is_eager=True),
     ] = None,
-    dataset_split: Annotated[str, Option(help="Split of a hub dataset.")] = "train",
+    dataset_split: Annotated[str, Option(help="Split of a folder or hub dataset.")] = "train",
     eval_dataset: Annotated[str | None, Option(help="Held-out pairs, as --dataset.")] = None,
     eval_split: Annotated[float, Option(help="Fraction of the data held out.")] = 0.0,
     loss: Annotated[str, Option(help=f"One of: {', '.join(LOSSES)}.")] = "lsif",
@@ -208,13 +126,13 @@ def train(
     save_steps: Annotated[int, Option(help="Updates between checkpoints; 0: epochs.")] = 0,
     save_total_limit: Annotated[int, Option(help="Checkpoints kept.")] = 2,
     resume: Annotated[bool, Option(help="Go on from the newest whole checkpoint.")] = False,
-    report_to: Annotated[str, Option(help="none, tensorboard, wandb, trackio, ...")] = "none",
+    report_to: Annotated[list[str], Option(help="tensorboard, wandb, trackio, ...")] = ["none"],  # noqa: B006
     seed: Annotated[int, Option(help="Of data order and adapter.")] = 42,
     trust_remote_code: Annotated[bool, Option(help="Run code that comes with a model.")] = False,
 ) -> None:
     """Preference-tune a causal LM; writes model or adapter, metrics and a plot to --output-dir."""
     entry = get_loss(loss, argument="--loss")
-    params = _loss_params(loss_param)
+    params = options.loss_params(loss_param)
     if resume:
         from dilkern.integrations.run import latest_checkpoint
 
@@ -238,8 +156,8 @@ def train(
             "Drop one of them.",
         )
     on_cpu = cpu or not torch.cuda.is_available()
-    bf16, fp16 = _precision(precision, on_cpu)
-    train_data, eval_data = _splits(dataset, dataset_split, eval_dataset, eval_split, seed)
+    bf16, fp16 = options.precision(precision, on_cpu)
+    train_data, eval_data = options.splits(dataset, dataset_split, eval_dataset, eval_split, seed)
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -247,7 +165,7 @@ def train(
     from dilkern.integrations.run import MetricsFile, peak_memory_mib, plot_dynamics, write_csv
     from dilkern.integrations.trl import DILConfig, DILTrainer
 
-    length = _model_limits(model, max_length, trust_remote_code)
+    length = options.model_limits(model, max_length, trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     check_against_tokenizer(train_data, tokenizer, dataset)
     evaluate = eval_data is not None
@@ -264,7 +182,7 @@ def train(
         beta=beta,
         length_normalize=length_normalize,
         pairing=pairing,
-        max_log_ratio=_limit(max_log_ratio),
+        max_log_ratio=options.limit(max_log_ratio),
         label_smoothing=label_smoothing,
         mixture=mixture,
         sft_weight=sft_weight,
@@ -311,8 +229,8 @@ def train(
         train_dataset=train_data,
         eval_dataset=eval_data,
         processing_class=tokenizer,
-        peft_config=_lora(lora_r, lora_alpha, lora_dropout, lora_target),
-        quantization_config=_four_bit(compute, quantize_lm_head) if load_in_4bit else None,
+        peft_config=options.lora(lora_r, lora_alpha, lora_dropout, lora_target),
+        quantization_config=options.four_bit(compute, quantize_lm_head) if load_in_4bit else None,
         callbacks=[MetricsFile(output_dir / "metrics.jsonl")],
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)

@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dilkern.integrations.collators import PreferenceCollator
 from dilkern.integrations.data import read_preferences
-from dilkern.integrations.transformers import PreferenceCollator, compute_loss, install_head
+from dilkern.integrations.transformers import compute_loss, install_head
 
 
 def main(argv=None):

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dilkern import preference_metrics
+from dilkern.integrations.collators import PreferenceCollator
 from dilkern.integrations.data import read_preferences
-from dilkern.integrations.transformers import PreferenceCollator, compute_loss, install_head
+from dilkern.integrations.transformers import compute_loss, install_head
 
 
 class PreferenceModule(lightning.LightningModule):

@@ -8,8 +8,9 @@ import argparse
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+from dilkern.integrations.collators import PreferenceCollator
 from dilkern.integrations.data import read_preferences
-from dilkern.integrations.transformers import PreferenceCollator, PreferenceMixin
+from dilkern.integrations.transformers import PreferenceMixin
 
 
 class PreferenceTrainer(PreferenceMixin, Trainer):

@@ -41,6 +41,23 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
             )
 
 
+def _load_dataset(source: str, split: str) -> Any:
+    """Load a folder or a dataset of the hub, as `datasets` finds the files of a split in it."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return datasets.load_dataset(source, split=split)
+    except (DatasetsError, FileNotFoundError, ConnectionError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        reject(
+            f"{source}: must be a folder of .jsonl or .parquet files or a dataset id of the hub, "
+            f"with a split {split!r}",
+            f"{type(error).__name__}: {reason}",
+            "Check the id or path, the split (`split=`, --dataset-split), the network, and HF_TOKEN.",
+        )
+
+
 def _rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
     path = Path(source)
     if path.suffix in (".jsonl", ".json", ".ndjson") and path.is_file():
@@ -50,25 +67,31 @@ def _rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
 
     if path.suffix == ".parquet" and path.is_file():
         table = datasets.Dataset.from_parquet(str(path))
-    elif path.exists() or path.suffix in (".jsonl", ".json", ".ndjson", ".parquet"):
+    elif path.is_file() or path.suffix in (".jsonl", ".json", ".ndjson", ".parquet"):
         reject(
-            "the dataset must be a .jsonl or .parquet file, or a hub id",
+            "the dataset must be a .jsonl or .parquet file, a folder of them, or a hub id",
             f"{source}, which {'is something else' if path.exists() else 'does not exist'}",
             "Check the path.",
         )
     else:
-        table = datasets.load_dataset(source, split=split)
+        table = _load_dataset(source, split)
     for number, row in enumerate(table, 1):
         yield f"{source}, row {number}", {k: v for k, v in row.items() if v is not None}
 
 
+def _check_filled(where: str, key: str, value: Any) -> None:
+    """Refuse empty text, no messages, and messages whose last one is empty."""
+    last = value
+    if isinstance(value, list) and value and isinstance(value[-1], dict) and key != "prompt":
+        last = value[-1].get("content")
+    if last == [] or (isinstance(last, str) and not last.strip()):
+        reject(f"{where}: {key!r} must not be empty", repr(last), "Fill it in or drop the row.")
+
+
 def _check_text(where: str, key: str, value: Any) -> bool:
     """Check one of prompt, chosen, rejected, completion; return whether it is conversational."""
+    _check_filled(where, key, value)
     if isinstance(value, str):
-        if not value.strip():
-            reject(
-                f"{where}: {key!r} must not be empty", repr(value), "Fill it in or drop the row."
-            )
         return False
     if not isinstance(value, list):
         reject(
@@ -76,8 +99,6 @@ def _check_text(where: str, key: str, value: Any) -> bool:
             f"{type(value).__name__} {value!r:.60}",
             'Write "..." or [{"role": "user", "content": "..."}].',
         )
-    if not value:
-        reject(f"{where}: {key!r} must not be empty", "[]", "Fill it in or drop the row.")
     for i, message in enumerate(value):
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
             keys = sorted(message) if isinstance(message, dict) else type(message).__name__
@@ -93,24 +114,17 @@ def _check_text(where: str, key: str, value: Any) -> bool:
                     type(message[part]).__name__,
                     "Only text models are supported.",
                 )
-    last = value[-1]
-    if key != "prompt":
-        if last["role"] != "assistant":
-            reject(
-                f"{where}: {key!r} must end with a message of the role 'assistant'",
-                repr(last["role"]),
-                "Put the user's turns into 'prompt'.",
-            )
-        if not last["content"].strip():
-            reject(f"{where}: {key!r} must not be empty", repr(last["content"]), "Drop the row.")
+    if key != "prompt" and value[-1]["role"] != "assistant":
+        reject(
+            f"{where}: {key!r} must end with a message of the role 'assistant'",
+            repr(value[-1]["role"]),
+            "Put the user's turns into 'prompt'.",
+        )
     return True
 
 
-def _check_row(where: str, row: Any) -> tuple[str, bool]:
-    """Return ("paired" or "unpaired", whether conversational)."""
-    if not isinstance(row, dict):
-        reject(f"{where}: a row must be a JSON object", type(row).__name__, "See the formats.")
-    keys = set(row)
+def _check_keys(where: str, keys: set[str]) -> bool:
+    """Refuse rows that lack a column of their format; return whether they are unpaired."""
     unpaired = bool(keys & {"completion", "label"})
     if unpaired and keys & {"chosen", "rejected"}:
         reject(
@@ -130,6 +144,14 @@ def _check_row(where: str, row: Any) -> tuple[str, bool]:
             if near
             else f"A paired row has {', '.join(PAIRED)}; an unpaired one {', '.join(UNPAIRED)}.",
         )
+    return unpaired
+
+
+def _check_row(where: str, row: Any) -> tuple[str, bool]:
+    """Return ("paired" or "unpaired", whether conversational)."""
+    if not isinstance(row, dict):
+        reject(f"{where}: a row must be a JSON object", type(row).__name__, "See the formats.")
+    unpaired = _check_keys(where, set(row))
     if unpaired and not isinstance(row["label"], bool):
         reject(
             f"{where}: 'label' must be true (chosen) or false (rejected)",
@@ -151,8 +173,8 @@ def read_preferences(source: str, *, split: str = "train") -> Any:
     """Read and check a preference dataset.
 
     Args:
-        source: a .jsonl or .parquet file, or a dataset id of the hub.
-        split: split of a hub dataset.
+        source: a .jsonl or .parquet file, a folder of them, or a dataset id of the hub.
+        split: split of a folder or of a hub dataset.
 
     Returns:
         datasets.Dataset with the columns of TRL's formats; other columns are dropped.
@@ -186,6 +208,26 @@ def _described(kind: tuple[str, bool], row: dict[str, Any]) -> str:
     return f"{kind[0]} {form} {'with' if 'prompt' in row else 'without'} a prompt"
 
 
+def check_completions(dataset: Any, name: str) -> None:
+    """Check columns and completions of a dataset that somebody else has read.
+
+    Args:
+        dataset: rows of TRL's formats. Of one without a length only the first row is looked at.
+        name: how messages call it.
+
+    Raises:
+        ValueError: a column is missing, or a completion is empty; with row and remedy.
+    """
+    row = next(iter(dataset))
+    _check_keys(f"{name}, row 1", set(row))
+    completions = [key for key in ("chosen", "rejected", "completion") if key in row]
+    whole = hasattr(dataset, "select_columns") and hasattr(dataset, "__len__")
+    rows = dataset.select_columns(completions) if whole else [row]
+    for number, row in enumerate(rows, 1):
+        for key in completions:
+            _check_filled(f"{name}, row {number}", key, row[key])
+
+
 def check_against_tokenizer(dataset: Any, tokenizer: Any, source: str) -> None:
     """Refuse conversational data where the tokenizer cannot render it.
 
@@ -196,7 +238,7 @@ def check_against_tokenizer(dataset: Any, tokenizer: Any, source: str) -> None:
     value = row.get("chosen", row.get("completion"))
     if isinstance(value, list) and getattr(tokenizer, "chat_template", None) is None:
         reject(
-            f"{source}: conversational data needs a tokenizer with a chat template",
+            f"{source}, row 1: conversational data needs a tokenizer with a chat template",
             f"{type(tokenizer).__name__} without one",
             "Use an instruction-tuned model, set tokenizer.chat_template and save it, or write "
             "prompt, chosen and rejected as text.",

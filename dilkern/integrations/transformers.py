@@ -192,68 +192,6 @@ def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in inputs.items() if key not in ours}
 
 
-def score_packed(model: Any, inputs: Mapping[str, Any], labels: Tensor, **extra: Any) -> DILOutput:
-    """Score a padded batch (S, L) without its padding: one row of T tokens, positions restarting.
-
-    Returns:
-        DILOutput as of the padded batch, token_logps (S, L). See `check_packing`.
-    """
-    real = inputs["attention_mask"].bool()
-    labels = labels.clone()
-    labels[:, 0] = IGNORE_INDEX  # its left neighbour in the row is the end of another sequence
-    positions = inputs["attention_mask"].cumsum(1) - 1
-    output: DILOutput = model(
-        input_ids=inputs["input_ids"][real].unsqueeze(0),
-        position_ids=positions[real].unsqueeze(0),
-        labels=labels[real].unsqueeze(0),
-        dil_head=True,
-        **extra,
-    )
-    assert output.token_logps is not None
-    flat = output.token_logps[0]
-    output.token_logps = flat.new_zeros(labels.shape).masked_scatter(real, flat)
-    return output
-
-
-def check_packing(model: Any) -> None:
-    """Verify on two short sequences that none sees the other in a packed row.
-
-    Raises:
-        ValueError: the model or its attention implementation ignores restarting positions.
-    """
-    if any(getattr(c, "is_prompt_learning", False) for c in _adapter_configs(model)):
-        reject(
-            "padding_free needs a model without virtual tokens",
-            "a prompt-learning adapter",
-            "Use LoRA, or set padding_free=False.",
-        )
-    device = next(model.parameters()).device
-    ids = torch.arange(10, device=device).reshape(2, 5) % 7
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # no dropout
-    try:
-        with torch.no_grad():
-            want = model(**batch, labels=ids, dil_head=True).token_logps
-            have = score_packed(model, batch, ids).token_logps
-    finally:
-        for module, training in modes:
-            module.training = training
-    assert have is not None
-    error, size = (have - want).abs().max().item(), want.abs().max().item()
-    narrow = torch.is_autocast_enabled(device.type) or next(model.parameters()).itemsize < 4
-    if not error <= (3e-2 if narrow else 1e-4) * size:
-        reject(
-            "padding_free needs a model whose attention keeps packed sequences apart",
-            f"{type(unwrap(model)).__name__}, log-probs off by {error:.3g} of {size:.3g}",
-            "Set padding_free=False, or load it with attn_implementation='sdpa'.",
-        )
-
-
-def _adapter_configs(model: Any) -> list[Any]:
-    return list(getattr(model, "peft_config", {}).values())
-
-
 def compute_loss(
     model: Any,
     inputs: Mapping[str, Any],
@@ -311,67 +249,6 @@ def compute_loss(
         is_chosen=inputs.get("is_chosen"),
         **options,
     )
-
-
-@dataclass
-class PreferenceCollator:
-    """Turn rows of prompt, chosen, rejected into one padded batch, chosen first.
-
-    Args:
-        tokenizer: with a chat template where rows hold lists of messages.
-        max_length: longer sequences lose their end; None keeps all.
-
-    Returns of a call: input_ids, attention_mask, labels (S, L), labels -100 outside completions.
-
-    Example:
-        >>> from dilkern.integrations.transformers import PreferenceCollator  # doctest: +SKIP
-        >>> collator = PreferenceCollator(tokenizer)  # doctest: +SKIP
-        >>> loader = DataLoader(rows, batch_size=4, collate_fn=collator)  # doctest: +SKIP
-    """
-
-    tokenizer: Any
-    max_length: int | None = 1024
-
-    def _ids(self, value: Any, **options: Any) -> list[int]:
-        if not isinstance(value, str):
-            value = self.tokenizer.apply_chat_template(value, tokenize=False, **options)
-            options = {"add_special_tokens": False}
-        ids: list[int] = self.tokenizer(value, **options)["input_ids"]
-        return ids
-
-    def encode(self, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
-        """Return input_ids and labels of one completion."""
-        if isinstance(prompt, str):
-            start, full = (
-                self._ids(prompt),
-                self._ids(prompt + completion + self.tokenizer.eos_token),
-            )
-        else:
-            start = self._ids(prompt, add_generation_prompt=True)
-            full = self._ids(list(prompt) + list(completion))
-        # Where they part, not the length of the prompt: tokens may merge across the boundary.
-        same = [a == b for a, b in zip(start, full)]
-        size = same.index(False) if False in same else len(same)
-        labels = [IGNORE_INDEX] * size + full[size:]
-        return full[: self.max_length], labels[: self.max_length]
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        pairs = [
-            self.encode(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in rows
-        ]
-        longest = max(len(ids) for ids, _ in pairs)
-        pad = self.tokenizer.pad_token_id
-        if pad is None:
-            pad = self.tokenizer.eos_token_id
-
-        def padded(lists: Any, value: int) -> Tensor:
-            return torch.tensor([list(x) + [value] * (longest - len(x)) for x in lists])
-
-        return {
-            "input_ids": padded((ids for ids, _ in pairs), pad),
-            "attention_mask": padded(([1] * len(ids) for ids, _ in pairs), 0),
-            "labels": padded((labels for _, labels in pairs), IGNORE_INDEX),
-        }
 
 
 class PreferenceMixin:

@@ -9,158 +9,38 @@ S sequences, P pairs, L positions.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
+from transformers import AutoConfig, AutoProcessor
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
-from trl.trainer.utils import get_config_model_id, pad, use_adapter
+from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
-from dilkern.backends.base import BACKENDS
+from dilkern.integrations.collators import UnpairedCollator, mismatched
+from dilkern.integrations.data import check_completions
+from dilkern.integrations.packing import check_packing, score_packed
 from dilkern.integrations.transformers import (
     DILOutput,
     SequenceTerms,
-    check_packing,
     install_head,
     keep_trainable,
     labels_of,
     model_inputs,
-    score_packed,
     sequence_terms,
 )
+from dilkern.integrations.trl_config import DILConfig
+from dilkern.lm_head.modules import as_head, unwrap
 from dilkern.losses import Loss, get_loss
 from dilkern.sequence_loss import PreferenceLossOutput, preference_loss, preference_metrics
-from dilkern.validation import check_choice, check_positive, reject
+from dilkern.validation import reject
 
-# Options of DPOConfig that DILTrainer does not have: (name, the value that means "not asked for",
-# what to do instead).
-_FOREIGN = (
-    ("loss_weights", None, "Use sft_weight to add the likelihood of the chosen completions."),
-    ("ld_alpha", None, "Leave it out."),
-    ("f_divergence_type", "reverse_kl", "Use loss_type='fdpo_forward_kl', 'fdpo_jsd', ..."),
-    ("f_alpha_divergence_coef", 0.5, "Use loss_type='fdpo_alpha' with loss_params={'alpha': ...}."),
-    ("use_weighting", False, "Leave it out."),
-    ("discopop_tau", 0.05, "Leave it out."),
-    ("use_liger_kernel", False, "Leave it out: it replaces the forward that dilkern extends."),
-)
-
-
-@dataclass
-class DILConfig(DPOConfig):  # type: ignore[misc]
-    """`DPOConfig` with the losses of dilkern.
-
-    Args:
-        loss_type: name or alias of a loss in `dilkern.losses.LOSSES`.
-        loss_params: its own parameters, e.g. {"lam": -0.5} for "power".
-        beta, length_normalize, pairing, max_log_ratio, label_smoothing, mixture, sft_weight: see
-            `preference_loss`; None is the default of the loss (for max_log_ratio: no limit).
-        reference_free: f = log pi_theta on purpose, no reference model is loaded or run.
-        strict: raise where a log-ratio is beyond max_log_ratio.
-        padding_free: run the model on one row of all sequences without padding; results are the same.
-        backend, workspace_mib: see `linear_logps`.
-
-    Raises:
-        ValueError: an option that the loss or the trainer does not have.
-
-    Example:
-        >>> from dilkern.integrations.trl import DILConfig  # doctest: +SKIP
-        >>> DILConfig("out", loss_type="bce", beta=0.5, use_cpu=True).beta  # doctest: +SKIP
-        0.5
-    """
-
-    # Not annotated: that would make it a field.
-    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "loss_params"]  # noqa: RUF012
-
-    loss_type: str = field(  # type: ignore[assignment]
-        default="lsif", metadata={"help": "Name of the loss."}
-    )
-    loss_params: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Parameters of the loss."}
-    )
-    beta: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Temperature."}
-    )
-    length_normalize: bool | None = field(
-        default=None, metadata={"help": "Divide log-ratios by the number of completion tokens."}
-    )
-    pairing: str | None = field(default=None, metadata={"help": "pointwise or pairwise."})
-    max_log_ratio: float | None = field(
-        default=10.0, metadata={"help": "Exponentials continue linearly beyond it."}
-    )
-    mixture: float = field(default=0.0, metadata={"help": "Chosen share in the denominator."})
-    sft_weight: float | None = field(default=None, metadata={"help": "Weight of the chosen NLL."})
-    reference_free: bool = field(default=False, metadata={"help": "Use no reference."})
-    strict: bool = field(default=False, metadata={"help": "Raise beyond max_log_ratio."})
-    backend: str = field(default="auto", metadata={"help": "auto, torch or triton."})
-    workspace_mib: float = field(default=256, metadata={"help": "Temporary memory of the head."})
-
-    def __post_init__(self) -> None:
-        loss_type = self.loss_type
-        if isinstance(loss_type, (list, tuple)):
-            if len(loss_type) != 1:
-                reject(
-                    "`loss_type` must be one loss",
-                    repr(loss_type),
-                    "Use sft_weight to add the likelihood of the chosen completions.",
-                )
-            loss_type = loss_type[0]
-        entry = get_loss(loss_type, argument="loss_type")
-        super().__post_init__()
-        self.loss_type = entry.name
-        for name, neutral, remedy in _FOREIGN:
-            value = getattr(self, name, neutral)
-            if value != neutral:
-                reject(f"DILTrainer has no `{name}`", repr(value), remedy)
-        check_positive("workspace_mib", self.workspace_mib)
-        check_choice("backend", self.backend, ("auto", *BACKENDS))
-        if not entry.reference:
-            for name in ("precompute_ref_log_probs", "sync_ref_model", "reference_free"):
-                if getattr(self, name):
-                    reject(
-                        f"loss {entry.name!r} has no reference",
-                        f"{name}=True",
-                        "Leave it out, or take a loss that uses a reference.",
-                    )
-        if self.reference_free:
-            for name in ("precompute_ref_log_probs", "sync_ref_model"):
-                if getattr(self, name):
-                    reject(
-                        "`reference_free` runs no reference", f"{name}=True", "Drop one of them."
-                    )
-        if entry.baseline and self.precompute_ref_log_probs:
-            reject(
-                f"loss {entry.name!r} scores mismatched pairs, which change with every batch",
-                "precompute_ref_log_probs=True",
-                "Set precompute_ref_log_probs=False.",
-            )
-        zeros = torch.zeros(2)
-        preference_loss(  # every other rule of the loss, before anything is loaded
-            zeros,
-            torch.ones(2),
-            log_ratios=zeros if entry.reference else None,
-            kl_log_ratios=zeros if entry.baseline else None,
-            **self.loss_options(),
-        )
-
-    def loss_options(self) -> dict[str, Any]:
-        """Return the keywords of `preference_loss` that this configuration asks for."""
-        return {
-            "loss": self.loss_type,
-            "params": self.loss_params,
-            "beta": self.beta,
-            "length_normalize": self.length_normalize,
-            "pairing": self.pairing,
-            "max_log_ratio": self.max_log_ratio,
-            "label_smoothing": self.label_smoothing,
-            "mixture": self.mixture,
-            "sft_weight": self.sft_weight,
-            "strict": self.strict,
-        }
+__all__ = ["DILConfig", "DILTrainer"]
 
 
 class _NoReference(torch.nn.Module):
@@ -175,41 +55,30 @@ class _NoReference(torch.nn.Module):
         raise AssertionError("a loss without a reference asked for one")
 
 
-@dataclass
-class UnpairedCollator:
-    """Pad examples with prompt_ids, completion_ids and is_chosen, chosen ones first.
+@contextlib.contextmanager
+def _head_without_adapter(model: Any) -> Iterator[None]:
+    """Let `get_output_embeddings` of this one model show the layer under an adapter on the lm_head.
 
-    Args:
-        pad_token_id: id used for padding.
-        max_length: longer sequences lose their end.
-        pad_to_multiple_of: pad to a multiple of this.
+    TRL since 1.15 refuses such an adapter, because its own head reads the frozen weight alone. Ours
+    reads the adapter too, so this is open only until ours is installed.
     """
+    causal = unwrap(model)
 
-    pad_token_id: int
-    max_length: int | None = None
-    pad_to_multiple_of: int | None = None
+    def shown(self: Any) -> Any:
+        head = type(self).get_output_embeddings(self)
+        return head.get_base_layer() if hasattr(head, "get_base_layer") else head
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        examples = sorted(examples, key=lambda example: not example["is_chosen"])
-        rows = [torch.tensor(e["prompt_ids"] + e["completion_ids"]) for e in examples]
-        masks = [
-            torch.tensor([0] * len(e["prompt_ids"]) + [1] * len(e["completion_ids"]))
-            for e in examples
-        ]
+    causal.get_output_embeddings = types.MethodType(shown, causal)
+    try:
+        yield
+    finally:
+        del causal.get_output_embeddings
 
-        def padded(tensors: list[Tensor], value: int) -> Tensor:
-            cut = [t[: self.max_length] for t in tensors]
-            batch: Tensor = pad(
-                cut, padding_value=value, pad_to_multiple_of=self.pad_to_multiple_of
-            )
-            return batch
 
-        return {
-            "input_ids": padded(rows, self.pad_token_id),
-            "attention_mask": padded([torch.ones_like(row) for row in rows], 0),
-            "completion_mask": padded(masks, 0),
-            "is_chosen": torch.tensor([bool(e["is_chosen"]) for e in examples]),
-        }
+def _source(args: Any) -> dict[str, Any]:
+    """Return which files of a model to take, for what is loaded beside its weights."""
+    init = args.model_init_kwargs or {}
+    return {"revision": init.get("revision"), "trust_remote_code": args.trust_remote_code}
 
 
 def _is_unpaired(dataset: Any) -> bool:
@@ -217,25 +86,6 @@ def _is_unpaired(dataset: Any) -> bool:
         return False
     columns = next(iter(dataset))
     return {"label", "completion"} <= set(columns) or "completion_ids" in columns
-
-
-def _rotated(
-    inputs: dict[str, Any], pad_token_id: int, max_length: int | None
-) -> dict[str, Tensor]:
-    """Pair each prompt with the completion of the next row: KTO's mismatched pairs."""
-    ids, completion = inputs["input_ids"], inputs["completion_mask"] == 1
-    prompt = (inputs["attention_mask"] == 1) & ~completion
-    size = ids.shape[0]
-    rows, masks = [], []
-    for i in range(size):
-        head, tail = ids[i][prompt[i]], ids[(i + 1) % size][completion[(i + 1) % size]]
-        rows.append(torch.cat([head, tail])[:max_length])
-        masks.append(torch.cat([torch.zeros_like(head), torch.ones_like(tail)])[:max_length])
-    return {
-        "input_ids": pad(rows, padding_value=pad_token_id),
-        "attention_mask": pad([torch.ones_like(row) for row in rows], padding_value=0),
-        "completion_mask": pad(masks, padding_value=0),
-    }
 
 
 class DILTrainer(DPOTrainer):  # type: ignore[misc]
@@ -291,20 +141,60 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         given = not self._unpaired and "ref_chosen_logps" in next(iter(dataset))
         self._needs_reference = entry.reference and not args.reference_free and not given
         self._check(entry, args, ref_model, given, kwargs)
+        self._packed, init = args.padding_free, args.model_init_kwargs
+        config = (
+            AutoConfig.from_pretrained(model, **_source(args))
+            if isinstance(model, str)
+            else model.config
+        )
+        self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if kwargs.get("peft_config") is not None and isinstance(model, str):
+            model = self._load(model, args, kwargs)
+            args.model_init_kwargs = None  # used up; the parent warns that it ignores them
         if self._unpaired and kwargs.get("data_collator") is None:
             kwargs["data_collator"] = self._unpaired_collator(model, args, kwargs)
         if not self._needs_reference:
             ref_model = _NoReference()
-        self._packed = args.padding_free
         self._checked: set[int] = set()
+        self._until_installed = contextlib.ExitStack()
+        if not isinstance(model, str):
+            self._until_installed.enter_context(_head_without_adapter(model))
         args.padding_free = False  # the parent warns that it cannot; we can
         try:
             super().__init__(model, ref_model=ref_model, args=args, **kwargs)
         finally:
-            args.padding_free = self._packed
+            args.padding_free, args.model_init_kwargs = self._packed, init
+            self._until_installed.close()
         if not self._needs_reference:
             self.ref_model = None
         self._install(self.model)
+        head = unwrap(self.model).get_output_embeddings()
+        if not any(p.device.type == "meta" for p in head.parameters()):
+            mode = head.training
+            as_head(
+                head.train()
+            )  # dropout of an adapter on it is refused here, not at the first step
+            head.train(mode)
+
+    @staticmethod
+    def _load(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Load the model as the parent would, which puts the adapter on it and then looks at it."""
+        init: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+        init.update(args.model_init_kwargs or {})
+        quantization = kwargs.pop("quantization_config", None)
+        if quantization is not None:
+            if "quantization_config" in init:
+                reject(
+                    "`quantization_config` must be given once",
+                    "one for the trainer and one in model_init_kwargs",
+                    "Drop one of them.",
+                )
+            init["quantization_config"] = quantization
+        if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            init["device_map"] = None  # "auto" would spread each rank's model over all GPUs
+        if kwargs.get("processing_class") is None:
+            kwargs["processing_class"] = AutoProcessor.from_pretrained(name, **_source(args))
+        return create_model_from_path(name, **init)
 
     def _check(
         self, entry: Loss, args: DILConfig, ref_model: Any, given: bool, kwargs: dict[str, Any]
@@ -363,12 +253,8 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
     def _unpaired_collator(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         processing_class = kwargs.get("processing_class")
         if processing_class is None:
-            from transformers import AutoTokenizer
-
             name = model if isinstance(model, str) else get_config_model_id(model.config)
-            processing_class = AutoTokenizer.from_pretrained(
-                name, trust_remote_code=args.trust_remote_code
-            )
+            processing_class = AutoProcessor.from_pretrained(name, **_source(args))
             kwargs["processing_class"] = processing_class
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
@@ -382,6 +268,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         return int(self._total_train_tokens)
 
     def _install(self, model: Any) -> None:
+        self._until_installed.close()
         model = self.accelerator.unwrap_model(model)
         keep_trainable(model)
         install_head(model, backend=self.args.backend, workspace_mib=self.args.workspace_mib)
@@ -391,6 +278,8 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             self._checked.add(id(model))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
+        if not {"chosen_ids", "completion_ids"} & set(next(iter(dataset))):
+            check_completions(dataset, f"{name} dataset")
         if not self._unpaired:
             prepared = super()._prepare_dataset(dataset, processing_class, args, name)
         elif "completion_ids" in next(iter(dataset)):
@@ -413,7 +302,27 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 f"{len(dataset)} longer ones",
                 "Raise max_length, or shorten the prompts.",
             )
+        if isinstance(prepared, Dataset):
+            self._check_lengths(prepared, args.max_length, name)
         return prepared
+
+    def _check_lengths(self, prepared: Dataset, max_length: int | None, name: str) -> None:
+        """Refuse sequences with more tokens than the model has positions."""
+        positions = self._positions
+        if positions is None or (max_length is not None and max_length <= positions):
+            return
+        completions = [
+            c for c in ("chosen_ids", "rejected_ids", "completion_ids") if c in prepared[0]
+        ]
+        for number, row in enumerate(prepared.select_columns(["prompt_ids", *completions]), 1):
+            size = len(row["prompt_ids"]) + max(len(row[key]) for key in completions)
+            if min(size, max_length or size) > positions:
+                reject(
+                    f"{name} dataset, row {number} (tokenized): a sequence must fit into the "
+                    f"{positions} positions of the model",
+                    f"{size} tokens",
+                    f"Set max_length={positions}, drop the row, or take a model with more.",
+                )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -422,7 +331,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _score(self, model: Any, inputs: dict[str, Any], labels: Tensor, **extra: Any) -> DILOutput:
         if self._packed:
-            return score_packed(model, inputs, labels, **extra)
+            return score_packed(model, inputs, labels, pairs=not self._unpaired, **extra)
         output: DILOutput = model(**model_inputs(inputs), labels=labels, dil_head=True, **extra)
         # Prompt tuning puts virtual tokens in front.
         assert output.token_logps is not None
@@ -466,7 +375,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _kl_log_ratios(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Score mismatched pairs under policy and reference, for KTO's baseline; all ranks' values."""
-        rotated = _rotated(inputs, self._tokenizer.pad_token_id, self.args.max_length)
+        rotated = mismatched(inputs, self._tokenizer.pad_token_id, self.args.max_length)
         labels = labels_of(rotated)
         with torch.no_grad():
             logps = self._score(model, rotated, labels).token_logps

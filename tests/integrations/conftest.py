@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import pytest
+import torch
 
 for _package in ("transformers", "trl", "peft", "datasets", "accelerate"):
     pytest.importorskip(_package)
@@ -22,6 +23,8 @@ THIRD_PARTY_WARNINGS = (
     "ignore:.*pin_memory.*:UserWarning",
     # peft, about its own conversion of LoRA for fused experts.
     "ignore:The following .*_pattern keys:RuntimeWarning",
+    # peft, about saving the frozen embeddings beside an adapter on the lm_head.
+    "ignore:Setting `save_embedding_layers`:UserWarning",
 )
 
 
@@ -35,9 +38,38 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama with its tokenizer, saved."""
+    import tiny_models as tiny
+
+    return tiny.save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def quick(tmp_path, folder):
+    """Build a DILTrainer with few words."""
+    import tiny_models as tiny
+    import training_runs
+
+    from dilkern.integrations.trl import DILConfig, DILTrainer
+
+    def make(model=None, data=None, *, trainer=None, config=None, init=None, **options):
+        args = (config or DILConfig)(str(tmp_path / "out"), **{**training_runs.COMMON, **options})
+        data = tiny.dataset() if data is None else data
+        torch.manual_seed(0)  # TRL before 1.15 leaves the start of an adapter to the caller's seed
+        return (trainer or DILTrainer)(
+            model or folder,
+            args=args,
+            train_dataset=data,
+            processing_class=tiny.tokenizer(),
+            **(init or {}),
+        )
+
+    return make

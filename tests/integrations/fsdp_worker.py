@@ -2,6 +2,7 @@
 
 import os
 import sys
+import types
 
 import tiny_models as tiny
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 
 from dilkern.integrations.transformers import compute_loss, install_head
 
-ARRANGEMENTS = ("own", "root", "tied")
+ARRANGEMENTS = ("own", "root", "tied", "accelerate", "accelerate tied")
 
 
 def rows(rank=None):
@@ -27,11 +28,28 @@ def rows(rank=None):
     }
 
 
+def shard_as_accelerate(model):
+    """Accelerate's own arrangement, norm and head as one unit; its Accelerator has no FSDP on CPU."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    state = types.SimpleNamespace(fsdp_plugin=plugin)
+    fsdp2_prepare_model(types.SimpleNamespace(state=state, mixed_precision="no"), model)
+
+
 def gradients(arrangement, rank=None):
     """Return the gradient of each parameter, whole, of the mean loss over all rows."""
-    model = tiny.build(tie_word_embeddings=arrangement == "tied")
+    model = tiny.build(tie_word_embeddings="tied" in arrangement)
     install_head(model)
-    if rank is not None:
+    if rank is not None and "accelerate" in arrangement:
+        shard_as_accelerate(model)
+    elif rank is not None:
         from torch.distributed.fsdp import fully_shard
 
         for layer in model.model.layers:

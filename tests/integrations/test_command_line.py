@@ -17,11 +17,6 @@ from dilkern.cli import app, main
 ROWS = tiny.pairs(16)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.save(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def data(tmp_path):
     path = tmp_path / "pairs.jsonl"
@@ -42,8 +37,9 @@ def flags(folder, data, out, **options):
     }
     words = []
     for name, value in options.items():
-        if value is not None:
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        for item in value if isinstance(value, list) else [value]:
+            if item is not None:
+                words += [f"--{name}"] if item is True else [f"--{name}", str(item)]
     return words
 
 
@@ -86,6 +82,7 @@ def test_train_writes_everything(folder, data, tmp_path):
 
 def test_flags_and_yaml_mean_the_same(folder, data, tmp_path):
     options = {"loss": "power", "beta": 0.5, "learning-rate": 0.001, "seed": 7}
+    options["lora-target"] = "q_proj"
     assert train(*flags(folder, data, tmp_path / "a", **options), "--loss-param", "lam=-0.5")
     config = tmp_path / "run.yaml"
     values = {
@@ -97,10 +94,18 @@ def test_flags_and_yaml_mean_the_same(folder, data, tmp_path):
     assert train("--config", str(config), "--beta", "0.5").exit_code == 0
     have, want = metrics(tmp_path / "b"), metrics(tmp_path / "a")
     assert [e.get("loss") for e in have] == [e.get("loss") for e in want]
-    config.write_text("modell: x\n")
-    refused = train("--config", str(config))
-    assert refused.exit_code == 2
-    assert "modell" in refused.output
+    log = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert log["target_modules"] == ["q_proj"], "one word for an option that takes several"
+    for text, message in (
+        ("modell: x", r"run.yaml: every key .* 'modell'. Rename it to 'model'"),
+        ("model: [x", "must be a YAML file"),
+        ("- model", "must map names"),
+    ):
+        config.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            train("--config", str(config))
+    with pytest.raises(ValueError, match="which is none"):
+        train("--config", str(tmp_path / "none.yaml"))
 
 
 VARIANTS = {
@@ -114,6 +119,7 @@ VARIANTS = {
     "bpo": {"loss": "bce", "pairing": "pairwise", "label-smoothing": 0.1},
     "paper": {"max-log-ratio": "none", "no-length-normalize": True, "backend": "torch"},
     "mixture": {"loss": "bce", "mixture": 0.5, "sft-weight": 0.1, "workspace-mib": 2},
+    "lora on the head": {"lora-target": ["q_proj", "lm_head"]},
     "lora": {"lora-alpha": 4, "lora-dropout": 0.1, "lora-target": "q_proj"},
     "batch": {"batch-size": 2, "gradient-accumulation": 2, "max-length": 64, "epochs": 1},
     "schedule": {"lr-scheduler": "linear", "warmup": 2, "weight-decay": 0.1, "max-grad-norm": 0.5},
@@ -154,8 +160,15 @@ def test_second_model_eval_file_and_unpaired(folder, data, tmp_path):
     assert train(*flags(folder, str(path), tmp_path / "b", loss="ukl")).exit_code == 0
 
 
-@pytest.mark.parametrize("lm_head", [False, True])
-def test_four_bit(lm_head, data, tmp_path, monkeypatch):
+FOUR_BIT = {
+    "dense": {},
+    "four_bit": {"quantize-lm-head": True},
+    "lora": {"quantize-lm-head": True, "lora-target": ["q_proj", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("kind", FOUR_BIT)
+def test_four_bit(kind, data, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     from dilkern.lm_head import LMHead
 
@@ -163,17 +176,9 @@ def test_four_bit(lm_head, data, tmp_path, monkeypatch):
     build = LMHead.head
     monkeypatch.setattr(LMHead, "head", lambda self: kinds.append(build(self)) or kinds[-1])
     wide = tiny.save(tmp_path / "wide", hidden_size=64, intermediate_size=128, head_dim=16)
-    options = {"load-in-4bit": True, "max-steps": 2, "lora-target": "q_proj"}
-    result = train(
-        *flags(
-            wide,
-            data,
-            tmp_path / "out",
-            **options,
-            **({"quantize-lm-head": True} if lm_head else {}),
-        )
-    )
-    assert {head.kind for head in kinds} == {"four_bit" if lm_head else "dense"}
+    options = {"load-in-4bit": True, "max-steps": 2, "lora-target": "q_proj", **FOUR_BIT[kind]}
+    result = train(*flags(wide, data, tmp_path / "out", **options))
+    assert {head.kind for head in kinds} == {kind}
     assert result.exit_code == 0, result.output
     assert metrics(tmp_path / "out")[0]["loss"] == pytest.approx(-0.5, abs=1e-6)
 
@@ -193,7 +198,12 @@ REFUSED = [
     ({"resume": True}, "complete checkpoint"),
     ({"dataset": "missing.jsonl"}, "does not exist"),
     ({"backend": "cuda"}, "backend"),
-    ({"report-to": "nowhere"}, "nowhere"),
+    ({"report-to": "nowhere"}, "report_to. must be none, all, or among .*'nowhere'"),
+    ({"lora-target": ["all-linear", "lm_head"]}, "stands alone"),
+    ({"model": "none"}, "config.json or a model id"),
+    ({"attn-implementation": "flash_attention_2"}, r"pip install 'dilkern\[flash\]'.*sdpa"),
+    ({"ref-model": "x", "precompute-ref-log-probs": True}, "Drop one of them"),
+    ({"eval-split": 0.1, "eval-dataset": "x"}, "from one place"),
 ]
 
 
@@ -202,6 +212,15 @@ def test_refused_before_training(folder, data, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         train(*flags(folder, data, tmp_path / "out", **options))
     assert not list(tmp_path.glob("out/checkpoint-*"))
+
+
+def test_no_chat_template_is_refused_before_training(data, tmp_path):
+    folder = tmp_path / "model"
+    bare = tiny.save(folder)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match=r"pairs.jsonl, row 1: .*chat template.*instruction-tuned"):
+        train(*flags(bare, data, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_line_and_messages_of_main(folder, data, tmp_path, monkeypatch, capsys):
@@ -216,6 +235,27 @@ def test_bad_line_and_messages_of_main(folder, data, tmp_path, monkeypatch, caps
     assert message.startswith("error:")
     assert f"{data}, line 17: key 'rejected' is required" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_tensorboard_receives_the_metrics(folder, data, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(*flags(folder, data, tmp_path / "out", **{"report-to": "tensorboard"}))
+    (file,) = (tmp_path / "out").rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file)).Reload()
+    log = [entry for entry in metrics(tmp_path / "out") if "loss" in entry]
+    for name in ("loss", "rewards/margins", "logps/chosen_avg", "num_tokens"):
+        have = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert have == [(e["step"], pytest.approx(e[name], rel=1e-6)) for e in log], name
+
+
+def test_a_logging_backend_that_is_not_installed_is_refused(folder, data, tmp_path, monkeypatch):
+    from dilkern.integrations import trl_config
+
+    monkeypatch.setattr(trl_config, "get_available_reporting_integrations", list)
+    with pytest.raises(ValueError, match=r"not installed.*pip install wandb"):
+        train(*flags(folder, data, tmp_path / "out", **{"report-to": "wandb"}))
 
 
 def test_resume_passes_over_a_half_written_checkpoint(folder, data, tmp_path):

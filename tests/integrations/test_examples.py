@@ -9,8 +9,9 @@ import tiny_models as tiny
 import torch
 from transformers import Trainer, TrainingArguments
 
+from dilkern.integrations.collators import PreferenceCollator
 from dilkern.integrations.data import read_preferences
-from dilkern.integrations.transformers import PreferenceCollator, PreferenceMixin
+from dilkern.integrations.transformers import PreferenceMixin
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

@@ -44,6 +44,24 @@ def test_parquet(tmp_path):
         read_preferences(path)
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_folder(tmp_path, suffix):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for split, rows in {"train": GOOD, "test": tiny.pairs(2)}.items():
+        if suffix == "parquet":
+            tiny.dataset(len(rows)).to_parquet(str(folder / f"{split}.parquet"))
+        else:
+            write(folder, dump(rows), f"{split}.jsonl")
+    assert read_preferences(str(folder)).to_list() == GOOD
+    assert len(read_preferences(str(folder), split="test")) == 2
+    with pytest.raises(ValueError, match=r"Unknown split .nope.*--dataset-split"):
+        read_preferences(str(folder), split="nope")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="doesn't contain any data files"):
+        read_preferences(str(tmp_path / "empty"))
+
+
 def changed(**values):
     return json.dumps({k: v for k, v in {**GOOD[1], **values}.items() if v is not None})
 
@@ -103,5 +121,5 @@ def test_conversational_data_needs_a_chat_template():
     bare.chat_template = None
     check_against_tokenizer(tiny.dataset(2), tiny.tokenizer(), "x")
     check_against_tokenizer(tiny.dataset(2, conversational=False), bare, "x")
-    with pytest.raises(ValueError, match=r"x: .*chat template"):
+    with pytest.raises(ValueError, match=r"x, row 1: .*chat template"):
         check_against_tokenizer(tiny.dataset(2), bare, "x")

@@ -1,0 +1,135 @@
+"""From rows of text or token ids to padded batches, chosen sequences first.
+
+S sequences, L positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dilkern.integrations.transformers import IGNORE_INDEX
+
+
+def _padded(rows: list[Tensor], value: int, multiple: int | None = None) -> Tensor:
+    """Stack rows (l,) of ids as (S, L), filled up on the right."""
+    size = max(len(row) for row in rows)
+    size = -(-size // (multiple or 1)) * (multiple or 1)
+    batch = rows[0].new_full((len(rows), size), value)
+    for line, row in zip(batch, rows):
+        line[: len(row)] = row
+    return batch
+
+
+@dataclass
+class PreferenceCollator:
+    """Turn rows of prompt, chosen, rejected into one padded batch, chosen first.
+
+    Args:
+        tokenizer: with a chat template where rows hold lists of messages.
+        max_length: longer sequences lose their end; None keeps all.
+
+    Returns of a call: input_ids, attention_mask, labels (S, L), labels -100 outside completions.
+
+    Example:
+        >>> from dilkern.integrations.collators import PreferenceCollator  # doctest: +SKIP
+        >>> collator = PreferenceCollator(tokenizer)  # doctest: +SKIP
+        >>> loader = DataLoader(rows, batch_size=4, collate_fn=collator)  # doctest: +SKIP
+    """
+
+    tokenizer: Any
+    max_length: int | None = 1024
+
+    def _ids(self, value: Any, **options: Any) -> list[int]:
+        if not isinstance(value, str):
+            value = self.tokenizer.apply_chat_template(value, tokenize=False, **options)
+            options = {"add_special_tokens": False}
+        ids: list[int] = self.tokenizer(value, **options)["input_ids"]
+        return ids
+
+    def encode(self, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
+        """Return input_ids and labels of one completion."""
+        if isinstance(prompt, str):
+            start, full = (
+                self._ids(prompt),
+                self._ids(prompt + completion + self.tokenizer.eos_token),
+            )
+        else:
+            start = self._ids(prompt, add_generation_prompt=True)
+            full = self._ids(list(prompt) + list(completion))
+        # Where they part, not the length of the prompt: tokens may merge across the boundary.
+        same = [a == b for a, b in zip(start, full)]
+        size = same.index(False) if False in same else len(same)
+        labels = [IGNORE_INDEX] * size + full[size:]
+        return full[: self.max_length], labels[: self.max_length]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        pairs = [
+            self.encode(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in rows
+        ]
+        pad = self.tokenizer.pad_token_id
+        if pad is None:
+            pad = self.tokenizer.eos_token_id
+
+        ids = [torch.tensor(ids) for ids, _ in pairs]
+        labels = [torch.tensor(labels) for _, labels in pairs]
+        return {
+            "input_ids": _padded(ids, pad),
+            "attention_mask": _padded([torch.ones_like(row) for row in ids], 0),
+            "labels": _padded(labels, IGNORE_INDEX),
+        }
+
+
+@dataclass
+class UnpairedCollator:
+    """Pad examples with prompt_ids, completion_ids and is_chosen, chosen ones first.
+
+    Args:
+        pad_token_id: id used for padding.
+        max_length: longer sequences lose their end.
+        pad_to_multiple_of: pad to a multiple of this.
+    """
+
+    pad_token_id: int
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        examples = sorted(examples, key=lambda example: not example["is_chosen"])
+        rows = [torch.tensor(e["prompt_ids"] + e["completion_ids"]) for e in examples]
+        masks = [
+            torch.tensor([0] * len(e["prompt_ids"]) + [1] * len(e["completion_ids"]))
+            for e in examples
+        ]
+
+        def padded(tensors: list[Tensor], value: int) -> Tensor:
+            return _padded([t[: self.max_length] for t in tensors], value, self.pad_to_multiple_of)
+
+        return {
+            "input_ids": padded(rows, self.pad_token_id),
+            "attention_mask": padded([torch.ones_like(row) for row in rows], 0),
+            "completion_mask": padded(masks, 0),
+            "is_chosen": torch.tensor([bool(e["is_chosen"]) for e in examples]),
+        }
+
+
+def mismatched(
+    inputs: dict[str, Any], pad_token_id: int, max_length: int | None
+) -> dict[str, Tensor]:
+    """Pair each prompt with the completion of the next row: KTO's mismatched pairs."""
+    ids, completion = inputs["input_ids"], inputs["completion_mask"] == 1
+    prompt = (inputs["attention_mask"] == 1) & ~completion
+    size = ids.shape[0]
+    rows, masks = [], []
+    for i in range(size):
+        head, tail = ids[i][prompt[i]], ids[(i + 1) % size][completion[(i + 1) % size]]
+        rows.append(torch.cat([head, tail])[:max_length])
+        masks.append(torch.cat([torch.zeros_like(head), torch.ones_like(tail)])[:max_length])
+    return {
+        "input_ids": _padded(rows, pad_token_id),
+        "attention_mask": _padded([torch.ones_like(row) for row in rows], 0),
+        "completion_mask": _padded(masks, 0),
+    }

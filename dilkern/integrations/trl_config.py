@@ -1,0 +1,165 @@
+"""`DILConfig`: the options of TRL's `DPOConfig` that apply, and those of the losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+from trl.trainer.dpo_config import DPOConfig
+
+from dilkern.backends.base import BACKENDS
+from dilkern.integrations.packing import check_attention
+from dilkern.losses import get_loss
+from dilkern.sequence_loss import preference_loss
+from dilkern.validation import check_choice, check_positive, reject
+
+# Options of DPOConfig that DILTrainer does not have: (name, the value that means "not asked for",
+# what to do instead).
+_FOREIGN = (
+    ("loss_weights", None, "Use sft_weight to add the likelihood of the chosen completions."),
+    ("ld_alpha", None, "Leave it out."),
+    ("f_divergence_type", "reverse_kl", "Use loss_type='fdpo_forward_kl', 'fdpo_jsd', ..."),
+    ("f_alpha_divergence_coef", 0.5, "Use loss_type='fdpo_alpha' with loss_params={'alpha': ...}."),
+    ("use_weighting", False, "Leave it out."),
+    ("discopop_tau", 0.05, "Leave it out."),
+    ("use_liger_kernel", False, "Leave it out: it replaces the forward that dilkern extends."),
+)
+
+
+def _check_report_to(names: Any) -> None:
+    """Refuse logging backends that are unknown or not installed; transformers does so later."""
+    installed = {*get_available_reporting_integrations(), "flyte"}  # flyte has no probe
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            reject(
+                f"`report_to` must be none, all, or among {', '.join(sorted(INTEGRATION_TO_CALLBACK))}",
+                repr(name),
+                "Choose one of these.",
+            )
+        if name not in installed:
+            reject(
+                f"report_to={name!r} needs its package",
+                "it is not installed",
+                f"pip install {name}, or take one of: none, {', '.join(sorted(installed))}.",
+            )
+
+
+@dataclass
+class DILConfig(DPOConfig):  # type: ignore[misc]
+    """`DPOConfig` with the losses of dilkern.
+
+    Args:
+        loss_type: name or alias of a loss in `dilkern.losses.LOSSES`.
+        loss_params: its own parameters, e.g. {"lam": -0.5} for "power".
+        beta, length_normalize, pairing, max_log_ratio, label_smoothing, mixture, sft_weight: see
+            `preference_loss`; None is the default of the loss (for max_log_ratio: no limit).
+        reference_free: f = log pi_theta on purpose, no reference model is loaded or run.
+        strict: raise where a log-ratio is beyond max_log_ratio.
+        padding_free: run the model on one row of all sequences without padding; results are the same.
+        backend, workspace_mib: see `linear_logps`.
+
+    Raises:
+        ValueError: an option that the loss or the trainer does not have.
+
+    Example:
+        >>> from dilkern.integrations.trl import DILConfig  # doctest: +SKIP
+        >>> DILConfig("out", loss_type="bce", beta=0.5, use_cpu=True).beta  # doctest: +SKIP
+        0.5
+    """
+
+    # Not annotated: that would make it a field.
+    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "loss_params"]  # noqa: RUF012
+
+    loss_type: str = field(  # type: ignore[assignment]
+        default="lsif", metadata={"help": "Name of the loss."}
+    )
+    loss_params: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Parameters of the loss."}
+    )
+    beta: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Temperature."}
+    )
+    length_normalize: bool | None = field(
+        default=None, metadata={"help": "Divide log-ratios by the number of completion tokens."}
+    )
+    pairing: str | None = field(default=None, metadata={"help": "pointwise or pairwise."})
+    max_log_ratio: float | None = field(
+        default=10.0, metadata={"help": "Exponentials continue linearly beyond it."}
+    )
+    mixture: float = field(default=0.0, metadata={"help": "Chosen share in the denominator."})
+    sft_weight: float | None = field(default=None, metadata={"help": "Weight of the chosen NLL."})
+    reference_free: bool = field(default=False, metadata={"help": "Use no reference."})
+    strict: bool = field(default=False, metadata={"help": "Raise beyond max_log_ratio."})
+    backend: str = field(default="auto", metadata={"help": "auto, torch or triton."})
+    workspace_mib: float = field(default=256, metadata={"help": "Temporary memory of the head."})
+
+    def __post_init__(self) -> None:
+        loss_type = self.loss_type
+        if isinstance(loss_type, (list, tuple)):
+            if len(loss_type) != 1:
+                reject(
+                    "`loss_type` must be one loss",
+                    repr(loss_type),
+                    "Use sft_weight to add the likelihood of the chosen completions.",
+                )
+            loss_type = loss_type[0]
+        entry = get_loss(loss_type, argument="loss_type")
+        super().__post_init__()
+        self.loss_type = entry.name
+        for name, neutral, remedy in _FOREIGN:
+            value = getattr(self, name, neutral)
+            if value != neutral:
+                reject(f"DILTrainer has no `{name}`", repr(value), remedy)
+        _check_report_to(self.report_to)
+        init: Any = self.model_init_kwargs or {}
+        check_attention(init.get("attn_implementation"), self.device)
+        check_positive("workspace_mib", self.workspace_mib)
+        check_choice("backend", self.backend, ("auto", *BACKENDS))
+        if not entry.reference:
+            for name in ("precompute_ref_log_probs", "sync_ref_model", "reference_free"):
+                if getattr(self, name):
+                    reject(
+                        f"loss {entry.name!r} has no reference",
+                        f"{name}=True",
+                        "Leave it out, or take a loss that uses a reference.",
+                    )
+        if self.reference_free:
+            for name in ("precompute_ref_log_probs", "sync_ref_model"):
+                if getattr(self, name):
+                    reject(
+                        "`reference_free` runs no reference", f"{name}=True", "Drop one of them."
+                    )
+        if entry.baseline and self.precompute_ref_log_probs:
+            reject(
+                f"loss {entry.name!r} scores mismatched pairs, which change with every batch",
+                "precompute_ref_log_probs=True",
+                "Set precompute_ref_log_probs=False.",
+            )
+        zeros = torch.zeros(2)
+        preference_loss(  # every other rule of the loss, before anything is loaded
+            zeros,
+            torch.ones(2),
+            log_ratios=zeros if entry.reference else None,
+            kl_log_ratios=zeros if entry.baseline else None,
+            **self.loss_options(),
+        )
+
+    def loss_options(self) -> dict[str, Any]:
+        """Return the keywords of `preference_loss` that this configuration asks for."""
+        return {
+            "loss": self.loss_type,
+            "params": self.loss_params,
+            "beta": self.beta,
+            "length_normalize": self.length_normalize,
+            "pairing": self.pairing,
+            "max_log_ratio": self.max_log_ratio,
+            "label_smoothing": self.label_smoothing,
+            "mixture": self.mixture,
+            "sft_weight": self.sft_weight,
+            "strict": self.strict,
+        }

@@ -1,0 +1,72 @@
+"""DILTrainer on a CUDA GPU: packed batches under every attention, 16-bit training, a 4-bit model."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integrations"))
+
+tiny = pytest.importorskip("tiny_models")
+runs = pytest.importorskip("training_runs")
+trl = pytest.importorskip("dilkern.integrations.trl")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
+    pytest.mark.filterwarnings("ignore"),  # of the trainer libraries
+]
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Losses of 5 steps of a tiny Llama, bf16 autocast unless told otherwise."""
+    # Heads of 64: flash attention takes no fewer than 8 channels, bitsandbytes blocks of 64.
+    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    folder = tiny.save(tmp_path / "model", **shape)
+
+    def run(attn="sdpa", init=None, **options):
+        settings = {**runs.COMMON, "use_cpu": False, "bf16": True, "learning_rate": 1e-4, **options}
+        args = trl.DILConfig(
+            str(tmp_path / "out"), model_init_kwargs={"attn_implementation": attn}, **settings
+        )
+        torch.manual_seed(0)
+        trainer = trl.DILTrainer(
+            folder,
+            args=args,
+            train_dataset=tiny.dataset(),
+            processing_class=tiny.tokenizer(),
+            **(init or {}),
+        )
+        return runs.losses(trainer)
+
+    return run
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_padding_free_equals_padded(train, attn, checkpointing):
+    if attn == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    padded = train()
+    packed = train(attn, padding_free=True, gradient_checkpointing=checkpointing)
+    assert packed[0] == -0.5
+    runs.same_steps(packed, padded, 2e-2)  # bf16 attention
+
+
+def test_fp16_training_follows_fp32(train):
+    half = train(bf16=False, fp16=True)
+    runs.same_steps(half, train(bf16=False), 2e-2)
+
+
+@pytest.mark.parametrize("target", ["all-linear", ["q_proj", "lm_head"]], ids=str)
+def test_four_bit_model_and_head_train(train, target):
+    pytest.importorskip("bitsandbytes")
+    adapter, quantization = runs.lora(), runs.four_bit()
+    adapter.target_modules = target
+    quantization.llm_int8_skip_modules = []
+    init = {"peft_config": adapter, "quantization_config": quantization}
+    values = train(init=init, learning_rate=1e-3)
+    assert values[0] == pytest.approx(-0.5, abs=1e-6)
+    assert values[-1] < -0.501

@@ -1,0 +1,96 @@
+"""Options and data that do not fit are refused before anything is trained; the others arrive."""
+
+import json
+
+import pytest
+import tiny_models as tiny
+from datasets import Dataset
+from training_runs import COMMON, losses
+from trl import DPOConfig
+
+from dilkern.integrations.trl import DILConfig, DILTrainer
+
+REFUSED = [
+    ({"loss_type": "lsiff"}, "must be one of"),
+    ({"loss_type": ["lsif", "sft"]}, "one loss"),
+    ({"loss_weights": [1.0]}, "loss_weights"),
+    ({"ld_alpha": 0.5}, "ld_alpha"),
+    ({"f_divergence_type": "forward_kl"}, "fdpo_forward_kl"),
+    ({"f_alpha_divergence_coef": 0.3}, "fdpo_alpha"),
+    ({"use_weighting": True}, "use_weighting"),
+    ({"discopop_tau": 0.1}, "discopop_tau"),
+    ({"use_liger_kernel": True}, "use_liger_kernel"),
+    ({"loss_type": "simpo", "precompute_ref_log_probs": True}, "has no reference"),
+    ({"loss_type": "cpo", "sync_ref_model": True}, "has no reference"),
+    ({"loss_type": "orpo", "reference_free": True}, "has no reference"),
+    ({"reference_free": True, "precompute_ref_log_probs": True}, "runs no reference"),
+    ({"loss_type": "kto", "precompute_ref_log_probs": True}, "mismatched"),
+    ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing"),
+    ({"loss_type": "ipo", "beta": 0.2}, "no beta"),
+    ({"loss_params": {"lam": 1.0}}, "lam"),
+    ({"workspace_mib": 0}, "workspace_mib"),
+    ({"backend": "cuda"}, "`backend` must be one of"),
+    ({"mixture": 0.5, "pairing": "pairwise"}, "mixture"),
+]
+
+
+@pytest.mark.parametrize("options, message", REFUSED, ids=lambda value: str(value)[:40])
+def test_options_that_do_not_apply_raise(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        DILConfig(str(tmp_path), **{**COMMON, **options})
+
+
+def test_data_that_does_not_fit_raises(quick):
+    with pytest.raises(ValueError, match="pairwise pairing needs pairs"):
+        quick(data=tiny.unpaired(), loss_type="dpo")
+    with pytest.raises(ValueError, match="both be paired or both unpaired"):
+        quick(init={"eval_dataset": tiny.unpaired()})
+    with pytest.raises(ValueError, match="at least 2 examples"):
+        quick(loss_type="kto", per_device_train_batch_size=1)
+    with pytest.raises(ValueError, match="at least 2 examples"):
+        quick(data=tiny.dataset(5), loss_type="kto")
+    with pytest.raises(ValueError, match="must be left out"):
+        quick(loss_type="simpo", init={"ref_model": tiny.build()})
+    with pytest.raises(ValueError, match="must be a DILConfig"):
+        quick(config=DPOConfig)
+    with pytest.raises(ValueError, match="train_dataset"):
+        DILTrainer(tiny.build(), args=DILConfig("unused", **COMMON))
+
+
+@pytest.mark.parametrize("kind", ["text", "messages"])
+def test_columns_and_completions_are_checked_in_every_dataset(quick, kind):
+    rows = tiny.pairs(5, conversational=kind == "messages")
+    good = Dataset.from_list(rows)
+    misnamed = good.rename_column("rejected", "rejectd")
+    empty = [{"role": "assistant", "content": " "}] if kind == "messages" else ""
+    hollow = Dataset.from_list([*rows[:3], {**rows[3], "chosen": empty}, rows[4]])
+    for data, message in (
+        (misnamed, "dataset, row 1: key 'rejected' is required.*Rename 'rejectd'"),
+        (hollow, "dataset, row 4: 'chosen' must not be empty.*drop the row"),
+    ):
+        with pytest.raises(ValueError, match=f"train {message}"):
+            quick(data=data)
+        with pytest.raises(ValueError, match=f"eval {message}"):
+            quick(data=good, init={"eval_dataset": data})
+
+
+def test_sequences_beyond_the_positions_of_the_model_are_refused(quick):
+    rows = tiny.pairs(5)
+    rows[2]["rejected"][0]["content"] *= 40
+    data = Dataset.from_list(rows)
+    for max_length in (None, 1024):
+        with pytest.raises(ValueError, match=r"row 3 .tokenized.*256 positions.*max_length=256"):
+            quick(data=data, max_length=max_length)
+    assert len(losses(quick(data=data, max_length=256, max_steps=1))) == 1
+
+
+def test_loss_parameters_arrive(quick, tmp_path):
+    config = DILConfig(
+        str(tmp_path), **COMMON, loss_type="power", loss_params='{"lam": -0.5}', beta=0.5
+    )
+    assert config.loss_options()["params"] == {"lam": -0.5}
+    assert json.loads(config.to_json_string())["loss_type"] == "power"
+    reference = {"ref_model": tiny.build(seed=3)}
+    one = losses(quick(loss_type="power", loss_params={"lam": 1.0}, init=reference, max_steps=1))
+    lsif = losses(quick(loss_type="lsif", init={"ref_model": tiny.build(seed=3)}, max_steps=1))
+    assert one[0] + (-1 + 0.5) == pytest.approx(lsif[0], abs=1e-5)  # the dropped constants
