@@ -63,11 +63,14 @@ def _reader(module: Any) -> Reader | None:
 
 
 def unwrap(model: Any) -> Any:
-    """Return the causal LM inside torch.compile, DDP and PEFT wrappers."""
+    """Return the causal LM inside torch.compile, DDP, DeepSpeed and PEFT wrappers."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
+        elif (
+            isinstance(model, nn.parallel.DistributedDataParallel)
+            or type(model).__name__ == "DeepSpeedEngine"
+        ):
             model = model.module
         elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
             model = model.get_base_model()
