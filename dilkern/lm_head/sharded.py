@@ -22,10 +22,11 @@ def whole(tensor: Tensor) -> Tensor:
     The ranks saw different tokens, so the gradient that flows back is averaged over them, as FSDP
     does for the parameters it gathers itself; `full_tensor()` alone would leave it unreduced.
     """
-    if tensor.shape != getattr(tensor, "ds_shape", tensor.shape):
+    shape = getattr(tensor, "ds_shape", tensor.shape)
+    if tensor.shape != shape:
         reject(
             "a head sharded by DeepSpeed ZeRO-3 must be gathered by the hooks of its module",
-            f"a parameter of {shape_of(tensor)} in place of {tuple(tensor.ds_shape)}",
+            f"a parameter of {shape_of(tensor)} in place of {tuple(shape)}",
             "Call deepspeed.initialize first, and pass the module (or an `LMHead`), not its weight.",
         )
     if type(tensor).__name__ != "DTensor":
