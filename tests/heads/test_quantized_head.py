@@ -22,7 +22,10 @@ from dilkern import linear_logps
 from dilkern.lm_head import EightBitHead, FourBitHead, as_head
 
 bnb = pytest.importorskip("bitsandbytes")
-pytestmark = pytest.mark.usefixtures("device")
+pytestmark = [
+    pytest.mark.usefixtures("device"),
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning"),
+]
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -38,7 +41,9 @@ def test_decode_is_bit_exact(quant_type, nested, blocksize, dtype, device):
     ids = placed(torch.tensor([0, V - 1, 5, 5, 17]))
     assert torch.equal(head.gather(ids, dtype), want[ids])
     assert torch.equal(head.gather(ids, torch.float64), want[ids].double())
-    if device == "cpu" and D % blocksize == 0:  # elsewhere bitsandbytes' CPU dequantisation is wrong
+    if (
+        device == "cpu" and D % blocksize == 0
+    ):  # elsewhere bitsandbytes' CPU dequantisation is wrong
         by_bnb = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
         assert torch.equal(want, by_bnb)
 

@@ -1,4 +1,4 @@
-"""Heads spread over two gloo processes (FSDP2, vocabulary-parallel), ZeRO-3 by its hooks.
+"""Heads spread over two processes (FSDP2, vocabulary-parallel), ZeRO-3 by its hooks.
 
 Each scenario is a function run by both ranks; what it asserts, it asserts on each.
 """
@@ -15,11 +15,19 @@ from head_cases import (
     assert_exact,
     check_exact,
     gather_logps,
+    leaf,
     naive_logits,
     problem,
     results,
 )
-from head_ranks import adapters_and_four_bit, fsdp_own_unit, run, vocab_parallel
+from head_ranks import (
+    fsdp_four_bit,
+    fsdp_lora,
+    fsdp_own_unit,
+    run,
+    vocab_parallel,
+    vocab_parallel_four_bit,
+)
 from torch import nn
 
 from dilkern import linear_logps
@@ -27,21 +35,23 @@ from dilkern.lm_head import DenseHead, VocabParallelHead
 
 
 @pytest.mark.parametrize("scenario", [fsdp_own_unit, vocab_parallel])
-def test_two_processes(scenario, tmp_path):
-    run(scenario, tmp_path)
+def test_two_processes(scenario, tmp_path, device):
+    # FSDP needs NCCL on GPUs, and NCCL a GPU for each process: one process there.
+    run(scenario, tmp_path, device, 1 if device == "cuda" and scenario is fsdp_own_unit else 2)
 
 
 @pytest.mark.slow
-def test_two_processes_with_peft_and_bitsandbytes(tmp_path):
-    pytest.importorskip("peft")
-    pytest.importorskip("bitsandbytes")
-    run(adapters_and_four_bit, tmp_path)
+@pytest.mark.parametrize("scenario", [fsdp_lora, fsdp_four_bit, vocab_parallel_four_bit])
+def test_two_processes_with_peft_and_bitsandbytes(scenario, tmp_path, device):
+    pytest.importorskip("peft" if scenario is fsdp_lora else "bitsandbytes")
+    one = device == "cuda" and scenario is not vocab_parallel_four_bit
+    run(scenario, tmp_path, device, 1 if one else 2)
 
 
-def test_vocabulary_parallel_group_of_one(tmp_path):
+def test_vocabulary_parallel_group_of_one(tmp_path, device):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        weight = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
+        weight = leaf(V, D)
         check_exact(VocabParallelHead(DenseHead(weight)), lambda: (weight, None), [weight])
     finally:
         dist.destroy_process_group()
