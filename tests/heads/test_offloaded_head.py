@@ -1,5 +1,9 @@
 """A head on the CPU under hidden states elsewhere: what is moved is one block, never the weight."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import head_cases
 import pytest
 import torch
@@ -47,6 +51,14 @@ def test_blocks_and_rows_move_one_at_a_time(kind):
     assert [size for size in moved.sizes if size != ids.numel()] == [20 * D, 5 * D]
     bias = remote.bias()
     assert bias is None or bias.device == META
+
+
+def test_no_operation_mixes_devices():
+    """Every kind of head, on a made-up device and on the CPU under hidden states there."""
+    pytest.importorskip("bitsandbytes")
+    script = Path(__file__).parents[1] / "head_devices.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.stdout.strip() == "8 heads", done.stderr
 
 
 def linear_on_the_cpu(kind, monkeypatch):
