@@ -275,12 +275,7 @@ def _score(
     backend: str,
     workspace_mib: float,
 ) -> Tensor:
-    if hidden_states.shape[-1] != head.hidden_size:
-        reject(
-            "`hidden_states` and `lm_head` must agree in the hidden size",
-            f"hidden_states D={hidden_states.shape[-1]}, lm_head D={head.hidden_size}",
-            "Pass the head of the model that made these hidden states.",
-        )
+    head.check(hidden_states)
     for tensor in head.tensors():
         if tensor.device.type != "cpu":
             check_same_device("lm_head", tensor, "hidden_states", hidden_states)

@@ -112,8 +112,18 @@ class Head:
         """Fold the gradient of one block into `gradients` (each block comes exactly once)."""
         raise NotImplementedError
 
+    def check(self, hidden_states: Tensor) -> None:
+        """Require hidden states (..., D) of this head's D."""
+        if hidden_states.shape[-1] != self.hidden_size:
+            reject(
+                "`hidden_states` and `lm_head` must agree in the hidden size",
+                f"hidden_states D={hidden_states.shape[-1]}, lm_head D={self.hidden_size}",
+                "Pass the head of the model that made these hidden states.",
+            )
+
     def logits(self, hidden_states: Tensor, *, block_size: int = 16384) -> Tensor:
         """Return the full logits (N, V) of a few hidden states (N, D), to probe or to inspect."""
+        self.check(hidden_states)
         hidden = self.project(hidden_states)
         bias, blocks = self.bias(), []
         for start in range(0, self.vocab_size, block_size):

@@ -24,6 +24,7 @@ SCALE_NAMES = (
     "output_multiplier",  # Muse
     "logits_mup_width_multiplier",  # Inkling
 )
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # in all models but HyperCLOVA-X
 SOFTCAP_NAMES = ("final_logit_softcapping",)  # Gemma 2 and later, nanochat, Mistral Large 4, ...
 # The probe's large tokens reach this logit: far enough for a softcap of 10 to 100 to show.
 _PROBE_LOGIT = 60.0
@@ -74,7 +75,7 @@ class LMHead(HeadSource):
         causal = unwrap(model)
         embeddings = getattr(causal, "get_output_embeddings", lambda: None)()
         backbone = getattr(causal, "base_model", causal)
-        if embeddings is None or backbone is causal:
+        if not isinstance(embeddings, nn.Module) or backbone is causal:
             reject(
                 "the model must have an lm_head and a backbone under it",
                 f"{name_of(causal)} with get_output_embeddings() = {type(embeddings).__name__}",
@@ -127,7 +128,7 @@ def _declared(config: Any) -> tuple[float, float]:
     for name in SCALE_NAMES:
         value = getattr(text, name, None)
         if value:
-            divides = name == "logits_scaling" and text.model_type != "hyperclovax"
+            divides = name in DIVISORS and text.model_type != "hyperclovax"
             scale *= 1 / float(value) if divides else float(value)
     softcap = next((v for v in (getattr(text, n, None) for n in SOFTCAP_NAMES) if v), 0.0)
     return scale, float(softcap)
@@ -154,6 +155,13 @@ def _probe(causal: Any, backbone: Any, embeddings: nn.Module) -> tuple[Tensor, T
     def raw_logits(hidden: Tensor) -> Tensor:
         nonlocal tolerance
         head = as_head(embeddings)
+        if hidden.shape[-1] != head.hidden_size:
+            reject(
+                "the last hidden states of the backbone must be what the lm_head multiplies",
+                f"{name_of(causal)}, hidden states D={hidden.shape[-1]}, lm_head "
+                f"D={head.hidden_size}",
+                "What lies between them is unknown here; use full logits with this model.",
+            )
         dtypes.update((hidden.dtype, *head.strict_dtypes()))
         if '"eight_bit"' in head.spec():
             tolerance = _INT8_TOLERANCE
@@ -184,7 +192,12 @@ def _probe(causal: Any, backbone: Any, embeddings: nn.Module) -> tuple[Tensor, T
     device = causal.get_input_embeddings().weight.device
     # accelerate puts autocast around the forward and keeps the original under this name.
     forward = getattr(causal, "_original_forward", causal)
-    hook = backbone.register_forward_hook(replace)
+    # Some models call the decoder inside their backbone past it; the outermost one that is called
+    # has the last word.
+    decoder = getattr(causal, "get_decoder", lambda: backbone)()
+    hooks = [
+        m.register_forward_hook(replace) for m in {decoder, backbone} - {None, causal, embeddings}
+    ]
     try:
         for layer in asleep:
             layer.training = True
@@ -194,7 +207,8 @@ def _probe(causal: Any, backbone: Any, embeddings: nn.Module) -> tuple[Tensor, T
         ):
             logits = forward(input_ids=torch.arange(4, device=device)[None]).logits
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         for layer in asleep:
             layer.training = False
     if not raw:
@@ -203,6 +217,6 @@ def _probe(causal: Any, backbone: Any, embeddings: nn.Module) -> tuple[Tensor, T
             f"{name_of(causal)}, whose {name_of(backbone)} was not called",
             "Pass `as_head(lm_head, scale=..., softcap=...)`.",
         )
-    want = logits.reshape(-1, logits.shape[-1]).to(raw[0].device)
+    want = logits.reshape(-1, logits.shape[-1]).to(raw[-1].device)
     tolerance = max(tolerance, *(_TOLERANCE[dtype] for dtype in {want.dtype, *dtypes}))
-    return raw[0], want, tolerance
+    return raw[-1], want, tolerance

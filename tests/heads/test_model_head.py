@@ -33,6 +33,18 @@ FAMILIES = {
     "gemma2": ({"final_logit_softcapping": 20.0}, 1.0, 20.0),
     "gemma3_text": ({"final_logit_softcapping": 30.0}, 1.0, 30.0),
     "cohere": ({"logit_scale": 0.0625}, 0.0625, 0.0),
+    "cohere2": ({"logit_scale": 0.0625}, 0.0625, 0.0),
+    "falcon_h1": (
+        {
+            "lm_head_multiplier": 0.5,
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 2,
+            "mamba_d_head": 32,
+            "mamba_d_state": 16,
+        },
+        0.5,
+        0.0,
+    ),
     "granite": ({"logits_scaling": 8.0}, 1 / 8.0, 0.0),
     "hyperclovax": ({"logits_scaling": 0.25}, 0.25, 0.0),
     "minicpm3": (
