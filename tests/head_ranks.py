@@ -57,10 +57,15 @@ def averaged(rank, make):
 
 
 def fsdp_own_unit(rank):
+    for train in (True, False):
+        _fsdp_own_unit(rank, train)
+
+
+def _fsdp_own_unit(rank, train):
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
-    linear = placed(nn.Linear(D, V).double())
+    linear = placed(nn.Linear(D, V).double()).requires_grad_(train)
     plain = [p.detach().clone().requires_grad_() for p in linear.parameters()]
     fully_shard(linear)
     assert type(linear.weight).__name__ == "DTensor"
@@ -71,8 +76,9 @@ def fsdp_own_unit(rank):
         logps = gather_logps(naive_logits(hidden, *plain, 1.0, 0.0), labels)
         return results(logps, g, plain)[1:]
 
-    got = [p.grad.full_tensor() for p in linear.parameters()]
-    assert_exact(got, averaged(rank, naive))
+    if train:
+        got = [p.grad.full_tensor() for p in linear.parameters()]
+        assert_exact(got, averaged(rank, naive))
     # Only this rank's tokens reach this rank's hidden states.
     logps = gather_logps(naive_logits(hidden, *plain, 1.0, 0.0), labels)
     assert_exact([hidden.grad], results(logps, g, [hidden])[1:])

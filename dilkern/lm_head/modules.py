@@ -30,11 +30,10 @@ def _lora(module: Any, **transforms: float) -> Head:
 
 
 def _modules_to_save(module: Any, **transforms: float) -> Head:
-    """The trained copy, or the original one while adapters are disabled."""
-    chosen = module.original_module
-    if not module.disable_adapters and module.active_adapters:
-        chosen = module.modules_to_save[module.active_adapters[0]]
-    return as_head(chosen, **transforms)
+    """The trained copy, or the original one where PEFT's own forward would take that."""
+    saved, active = module.modules_to_save, module.active_adapters
+    trained = not module.disable_adapters and active and all(name in saved for name in active)
+    return as_head(saved[active[0]] if trained else module.original_module, **transforms)
 
 
 READERS: dict[str, Reader] = {

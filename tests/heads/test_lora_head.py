@@ -238,6 +238,25 @@ def test_modules_to_save_are_read_at_the_call():
         check_exact(wrapper, lambda: (original.weight, original.bias))
 
 
+def test_modules_to_save_of_several_adapters():
+    outer = Model(base_linear("dense", bias=True))
+    outer.body = nn.Sequential(placed(nn.Linear(D, D)))
+    saved = peft.LoraConfig(target_modules=["body.0"], modules_to_save=["lm_head"])
+    model = peft.get_peft_model(outer, saved)
+    model.add_adapter("second", saved)
+    model.add_adapter("without", peft.LoraConfig(target_modules=["body.0"]))
+    wrapper = layer_of(model)
+    for copy in wrapper.modules_to_save.values():
+        copy.weight.data.normal_()
+    hidden, _, _ = problem()
+    seen = []
+    for names in ("default", "second", "without", ["default", "without"]):
+        model.base_model.set_adapter(names)
+        seen.append(as_head(wrapper).logits(hidden))
+        torch.testing.assert_close(seen[-1], wrapper(hidden))
+    assert not torch.equal(seen[0], seen[1])
+
+
 def test_adapter_over_an_adapter():
     weight = leaf(V, D, grad=False)
     leaves = a1, b1, a2, b2 = [leaf(*s) for s in ((3, D), (V, 3), (2, D), (V, 2))]

@@ -1,5 +1,7 @@
 """LMHead.from_model on real transformers models (tiny, from config), under PEFT, in 4 bits."""
 
+import types
+
 import pytest
 import torch
 from head_cases import four_bit_linear, gather_logps, placed
@@ -206,6 +208,26 @@ def test_a_softcap_unknown_to_the_config_raises():
     model.lm_head.forward = lambda hidden: 50 * torch.tanh(forward(hidden) / 50)
     with pytest.raises(ValueError, match="known scale and softcap"):
         LMHead.from_model(model)
+
+
+def test_a_backbone_that_is_not_called_as_a_module_raises():
+    model = tiny("llama")
+
+    def forward(input_ids):
+        hidden = model.model.forward(input_ids).last_hidden_state
+        return types.SimpleNamespace(logits=model.lm_head(hidden))
+
+    model.forward = forward
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM, whose .*LlamaModel was not called"):
+        LMHead.from_model(model)
+
+
+def test_a_head_behind_a_projection_raises():
+    model = tiny("llama", tie_word_embeddings=False)
+    model.lm_head = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, VOCAB))
+    model.get_output_embeddings = lambda: model.lm_head[1]
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM, hidden states D=64, lm_head D=32"):
+        LMHead.from_model(placed(model))
 
 
 def test_a_model_without_a_head_raises():
