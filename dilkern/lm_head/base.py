@@ -226,8 +226,8 @@ class WeightHead(Head):
 class DenseHead(WeightHead):
     """A (V, D) weight with an optional (V,) bias, frozen or trainable.
 
-    A weight on the CPU under hidden states on an accelerator is streamed block by block (pin it to
-    overlap the copies); its gradient lands on the CPU.
+    A weight on the CPU under hidden states on an accelerator is streamed block by block (pinned, its
+    copies do not hold up the CPU); its gradient lands on the CPU.
 
     Args:
         weight: (V, D) float tensor; read at call time, never copied whole.

@@ -78,8 +78,10 @@ class LMHead(HeadSource):
         if not isinstance(embeddings, nn.Module) or backbone is causal:
             reject(
                 "the model must have an lm_head and a backbone under it",
-                f"{name_of(causal)} with get_output_embeddings() = {type(embeddings).__name__}",
-                "Pass a transformers causal LM, or `as_head(...)` of its head.",
+                f"{name_of(causal)} with get_output_embeddings() = {type(embeddings).__name__} and "
+                f"base_model = {type(backbone).__name__}",
+                "Pass a transformers causal LM whose `base_model` is its backbone, or `as_head(...)` "
+                "of its head.",
             )
         if absent(embeddings):
             scale, softcap = _declared(causal.config)

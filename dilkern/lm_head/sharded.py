@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dilkern.lm_head.base import Head, HeadSource
-from dilkern.validation import check_label_values, reject, shape_of
+from dilkern.validation import check_label_values, name_of, reject, shape_of
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -30,6 +30,13 @@ def whole(tensor: Tensor) -> Tensor:
             "Call deepspeed.initialize first, and pass the module (or an `LMHead`), not its weight.",
         )
     if type(tensor).__name__ != "DTensor":
+        if hasattr(tensor, "__tensor_flatten__"):
+            reject(
+                "the parameters of a head must be plain tensors or DTensors",
+                name_of(tensor),
+                "Its layout is unknown here (torchao, for one): leave the lm_head out of it, or pass "
+                "a dense weight.",
+            )
         return tensor
     from torch.distributed.tensor import Partial
 

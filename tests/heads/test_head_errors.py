@@ -7,6 +7,7 @@ import pytest
 import torch
 from head_cases import D, V, four_bit_linear, problem
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from dilkern import linear_logps
 from dilkern.lm_head import Adapter, DenseHead, LMHead, LoRAHead, as_head
@@ -53,6 +54,13 @@ def test_a_linear_with_a_forward_of_its_own_is_refused():
 
     with pytest.raises(ValueError, match=r"Doubled.*subclass dilkern.lm_head.Head"):
         as_head(Doubled(D, V))
+
+
+def test_a_weight_that_is_a_tensor_subclass_is_refused():
+    linear = nn.Linear(D, V)
+    linear.weight = nn.Parameter(TwoTensor(linear.weight.data, linear.weight.data))
+    with pytest.raises(ValueError, match=r"plain tensors or DTensors.*TwoTensor.*torchao"):
+        as_head(linear)
 
 
 def test_transforms_go_where_the_head_is_made():

@@ -41,9 +41,10 @@ def test_every_cell_names_tests_that_exist():
             untested = cell in ("-", "no test")
             assert untested or found or (named and "the same" in cell), f"{kind}: {cell}"
         if cells[-1].startswith("test written"):
-            assert 'usefixtures("device")' in source or "device" in re.findall(
-                rf"def {name}\(([^)]*)\)", source
-            )[0], f"{kind}: {name} does not run on a GPU"
+            assert (
+                'usefixtures("device")' in source
+                or "device" in re.findall(rf"def {name}\(([^)]*)\)", source)[0]
+            ), f"{kind}: {name} does not run on a GPU"
 
 
 def test_the_readme_shows_the_table():
