@@ -10,7 +10,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: install demo test check gpu aot kernels trl fuzz bench bench-gpu gpu-pack clean
+.PHONY: install demo test check gpu zero3 aot kernels trl fuzz bench bench-gpu gpu-pack clean
 
 install: $(VENV)/.installed
 
@@ -42,6 +42,17 @@ test: install
 # make -o install gpu BIN=$$(dirname $$(command -v python3))
 gpu: install
 	PYTHONPATH=$(CURDIR) $(BIN)/python -P -m pytest -m gpu tests/gpu tests/heads
+
+# Heads under real DeepSpeed ZeRO-3, in two processes on the CPU; DeepSpeed is installed aside.
+DEEPSPEED := out/deepspeed-0.19.8
+zero3: install $(DEEPSPEED)
+	DS_ACCELERATOR=cpu PYTHONPATH=$(CURDIR):$(CURDIR)/$(DEEPSPEED) \
+	  $(BIN)/pytest tests/heads/test_zero3.py
+
+$(DEEPSPEED):
+	$(BIN)/pip install -q --target $@ einops hjson msgpack ninja py-cpuinfo pydantic
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install -q --no-deps --no-build-isolation \
+	  --target $@ $(subst -,==,$(notdir $@)) || { rm -rf $@; exit 1; }
 
 # Another Triton release, installed aside: make aot TRITON=3.6.0, make kernels TRITON=3.6.0. The
 # interpreter of 3.6 needs a NumPy that turns arrays of one element into numbers.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dilkern.backends import base as backends
-from dilkern.lm_head import Head, as_head, gathered, rebuild
+from dilkern.lm_head import Head, as_head, call_held, rebuild
 from dilkern.validation import (
     check_hidden_and_labels,
     check_label_values,
@@ -163,22 +163,21 @@ def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
             grad_hidden = _hidden_backward(grad, token_logps, scored, u, shift, ctx.dtype)
         if any(ctx.head_needs):
             hidden, labels, logps, lse, *head_tensors = extra
-            with gathered(head_tensors):
-                computed = _head_backward(
-                    grad,
-                    token_logps,
-                    hidden,
-                    labels,
-                    scored,
-                    logps,
-                    lse,
-                    head_tensors,
-                    head_spec,
-                    ctx.head_needs,
-                    shift,
-                    backend,
-                    workspace_bytes,
-                )
+            computed = _head_backward(
+                grad,
+                token_logps,
+                hidden,
+                labels,
+                scored,
+                logps,
+                lse,
+                head_tensors,
+                head_spec,
+                ctx.head_needs,
+                shift,
+                backend,
+                workspace_bytes,
+            )
             head_grads = [g if n else None for g, n in zip(computed, ctx.head_needs)]
     return grad_hidden, None, head_grads, None, None, None, None, None, None
 
@@ -259,10 +258,12 @@ def linear_logps(
     """
     check_hidden_and_labels(hidden_states, labels)
     check_positive("workspace_mib", workspace_mib)
-    with gathered(lm_head):
-        return _score(
-            hidden_states, as_head(lm_head), labels, shift, ignore_index, backend, workspace_mib
-        )
+
+    def score(hidden: Tensor) -> Tensor:
+        head = as_head(lm_head)
+        return _score(hidden, head, labels, shift, ignore_index, backend, workspace_mib)
+
+    return call_held(lm_head, score, hidden_states)
 
 
 def _score(
@@ -274,12 +275,7 @@ def _score(
     backend: str,
     workspace_mib: float,
 ) -> Tensor:
-    if hidden_states.shape[-1] != head.hidden_size:
-        reject(
-            "`hidden_states` and `lm_head` must agree in the hidden size",
-            f"hidden_states D={hidden_states.shape[-1]}, lm_head D={head.hidden_size}",
-            "Pass the head of the model that made these hidden states.",
-        )
+    head.check(hidden_states)
     for tensor in head.tensors():
         if tensor.device.type != "cpu":
             check_same_device("lm_head", tensor, "hidden_states", hidden_states)

@@ -16,18 +16,31 @@ from torch import Tensor
 from dilkern import linear_logps
 
 V, D, T = 301, 64, 23
+# Where problems and heads are made: the fixture `device` of heads/conftest.py says "cuda" on a GPU.
+DEVICE = "cpu"
 DenseParts = Callable[[], tuple[Tensor, Tensor | None]]
+
+
+def placed(thing: Any) -> Any:
+    """Return a tensor or module on the device under test."""
+    return thing.to(DEVICE)
+
+
+def leaf(*shape: int, grad: bool = True) -> Tensor:
+    """Return an fp64 tensor on the device under test."""
+    return placed(torch.randn(*shape, dtype=torch.float64)).requires_grad_(grad)
 
 
 def problem(
     dtype: torch.dtype = torch.float64, *, vocab_size: int = V, hidden_size: int = D
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return hidden states (T, D) that require grad, labels (T,), two ignored, and g (T,)."""
-    hidden = torch.randn(T, hidden_size, dtype=torch.float64).to(dtype).requires_grad_()
+    hidden = torch.randn(T, hidden_size, dtype=torch.float64)
     labels = torch.randint(0, vocab_size, (T,))
     labels[[0, 7]] = -100
     labels[1], labels[2] = vocab_size - 1, 0
-    return hidden, labels, torch.randn(T, dtype=torch.float64)
+    g = torch.randn(T, dtype=torch.float64)
+    return placed(hidden.to(dtype)).requires_grad_(), placed(labels), placed(g)
 
 
 def gather_logps(logits: Tensor, labels: Tensor) -> Tensor:
@@ -110,7 +123,7 @@ def four_bit_linear(
         quant_storage=storage,
         module=linear,
     )
-    return linear.to("cpu")
+    return placed(linear)  # which quantises it
 
 
 def eight_bit_linear(*, bias=False):
@@ -118,7 +131,7 @@ def eight_bit_linear(*, bias=False):
 
     linear = bnb.nn.Linear8bitLt(D, V, bias=bias, has_fp16_weights=False)
     linear.weight.data.normal_()
-    return linear.to("cpu")
+    return placed(linear)
 
 
 def recipe(module):

@@ -1,24 +1,39 @@
-"""What each of two gloo processes runs and asserts; see heads/test_sharded_head.py."""
+"""What each of several processes runs and asserts; see heads/test_sharded_head.py."""
 
 import os
 
+import head_cases
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from head_cases import D, T, V, assert_exact, gather_logps, naive_logits, problem, results
+from head_cases import (
+    D,
+    T,
+    V,
+    assert_exact,
+    four_bit_linear,
+    gather_logps,
+    leaf,
+    naive_logits,
+    placed,
+    problem,
+    results,
+)
 from torch import nn
 
 from dilkern import linear_logps
 from dilkern.lm_head import Adapter, DenseHead, LoRAHead, VocabParallelHead, as_head
 
-WORLD = 2
 CUT = 140  # uneven on purpose
 
 
-def _enter(rank, scenario, path):
+def _enter(rank, scenario, path, device, world):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
+    head_cases.DEVICE = device
+    # NCCL takes one process per GPU; gloo lets two share one, but has no all-gather of GPU tensors.
+    backend = "nccl" if device == "cuda" and world == 1 else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{path}", rank=rank, world_size=world)
     scenario(rank)
     dist.barrier()
     # No teardown: when one rank is gone, gloo's threads in the other abort the process now and then
@@ -26,8 +41,8 @@ def _enter(rank, scenario, path):
     os._exit(0)
 
 
-def run(scenario, tmp_path):
-    mp.spawn(_enter, (scenario, tmp_path / "store"), nprocs=WORLD)
+def run(scenario, tmp_path, device="cpu", world=2):
+    mp.spawn(_enter, (scenario, tmp_path / "store", device, world), nprocs=world)
 
 
 def rank_problem(rank):
@@ -37,15 +52,20 @@ def rank_problem(rank):
 
 def averaged(rank, make):
     """The mean over the ranks of `make(problem of that rank)`, computed here without any shard."""
-    parts = [make(*rank_problem(r)) for r in range(WORLD)]
-    return [sum(p) / WORLD for p in zip(*parts)]
+    parts = [make(*rank_problem(r)) for r in range(dist.get_world_size())]
+    return [sum(p) / len(parts) for p in zip(*parts)]
 
 
 def fsdp_own_unit(rank):
+    for train in (True, False):
+        _fsdp_own_unit(rank, train)
+
+
+def _fsdp_own_unit(rank, train):
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
-    linear = nn.Linear(D, V).double()
+    linear = placed(nn.Linear(D, V).double()).requires_grad_(train)
     plain = [p.detach().clone().requires_grad_() for p in linear.parameters()]
     fully_shard(linear)
     assert type(linear.weight).__name__ == "DTensor"
@@ -56,8 +76,9 @@ def fsdp_own_unit(rank):
         logps = gather_logps(naive_logits(hidden, *plain, 1.0, 0.0), labels)
         return results(logps, g, plain)[1:]
 
-    got = [p.grad.full_tensor() for p in linear.parameters()]
-    assert_exact(got, averaged(rank, naive))
+    if train:
+        got = [p.grad.full_tensor() for p in linear.parameters()]
+        assert_exact(got, averaged(rank, naive))
     # Only this rank's tokens reach this rank's hidden states.
     logps = gather_logps(naive_logits(hidden, *plain, 1.0, 0.0), labels)
     assert_exact([hidden.grad], results(logps, g, [hidden])[1:])
@@ -68,14 +89,14 @@ def fsdp_lora(rank):
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
-    linear = nn.Linear(D, V, bias=False).double()
+    linear = placed(nn.Linear(D, V, bias=False).double())
     config = peft.LoraConfig(r=4, target_modules=["lm_head"])
     layer = peft.get_peft_model(nn.ModuleDict({"lm_head": linear}), config).base_model.model[
         "lm_head"
     ]
     adapters = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
     for p in adapters:
-        p.data = torch.randn(p.shape, dtype=torch.float64)
+        p.data = leaf(*p.shape, grad=False)
     weight = linear.weight.detach().clone()
     plain = [p.detach().clone().requires_grad_() for p in adapters]
     fully_shard(layer)
@@ -94,25 +115,24 @@ def fsdp_lora(rank):
 
 
 def fsdp_four_bit(rank):
-    import bitsandbytes as bnb
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
-    linear = bnb.nn.Linear4bit(D, 300, bias=False, quant_storage=torch.float32).to("cpu")
-    want = as_head(linear).block(0, 300, torch.float32)
+    linear = four_bit_linear(300, storage=torch.float32, bias=True)
+    want, bias = as_head(linear).block(0, 300, torch.float32), linear.bias.detach().clone()
     fully_shard(linear)
-    assert type(linear.weight).__name__ == "DTensor"
-    assert torch.equal(as_head(linear).block(0, 300, torch.float32), want)
+    assert type(linear.weight).__name__ == type(linear.bias).__name__ == "DTensor"
+    head = as_head(linear)
+    assert torch.equal(head.block(0, 300, torch.float32), want)
+    assert torch.equal(head.bias(), bias)
 
 
 def vocab_parallel_four_bit(rank):
     """Frozen 4-bit rows with a trainable bias; both ranks know all shards, to compare."""
-    import bitsandbytes as bnb
-
     torch.manual_seed(0)
-    shards = [bnb.nn.Linear4bit(D, rows, bias=True).to("cpu") for rows in (CUT, V - CUT)]
+    shards = [four_bit_linear(rows, bias=True) for rows in (CUT, V - CUT)]
     for shard in shards:
-        shard.bias = nn.Parameter(torch.randn(shard.out_features, dtype=torch.float64))
+        shard.bias = nn.Parameter(leaf(shard.out_features, grad=False))
     hidden, labels, g = problem()
     mine = shards[rank]
     head = VocabParallelHead(as_head(mine, softcap=5.0))
@@ -120,12 +140,6 @@ def vocab_parallel_four_bit(rank):
     weight = torch.cat([as_head(s).block(0, s.out_features, torch.float64) for s in shards])
     logits = naive_logits(hidden, weight, torch.cat([s.bias for s in shards]), 1.0, 5.0)
     assert_exact(got, results(gather_logps(logits, labels), g, [hidden, mine.bias]))
-
-
-def adapters_and_four_bit(rank):
-    fsdp_lora(rank)
-    fsdp_four_bit(rank)
-    vocab_parallel_four_bit(rank)
 
 
 def _rows(rank):
@@ -143,7 +157,7 @@ def vocab_parallel(rank):
 
 def _vocab_parallel_dense(rank, scale, softcap, shift):
     torch.manual_seed(0)
-    full = [torch.randn(V, D, dtype=torch.float64), torch.randn(V, dtype=torch.float64)]
+    full = [leaf(V, D, grad=False), leaf(V, grad=False)]
     hidden, labels, g = problem()
     local = [p[_rows(rank)].clone().requires_grad_() for p in full]
     head = VocabParallelHead(DenseHead(*local, scale=scale, softcap=softcap))
@@ -160,9 +174,7 @@ def _vocab_parallel_dense(rank, scale, softcap, shift):
 
 def _vocab_parallel_lora(rank):
     torch.manual_seed(0)
-    weight = torch.randn(V, D, dtype=torch.float64)
-    a = torch.randn(3, D, dtype=torch.float64, requires_grad=True)
-    b = torch.randn(V, 3, dtype=torch.float64)
+    weight, a, b = leaf(V, D, grad=False), leaf(3, D), leaf(V, 3, grad=False)
     hidden, labels, g = problem()
     local_b = b[_rows(rank)].clone().requires_grad_()
     local = LoRAHead(DenseHead(weight[_rows(rank)]), [Adapter(a, local_b, 2.0)])
@@ -176,11 +188,11 @@ def _vocab_parallel_lora(rank):
 def _vocab_parallel_confident(rank):
     """fp32, log p about -1e-6: forward and gradient keep their digits."""
     torch.manual_seed(0)
-    weight = torch.randn(V, D)
-    labels = torch.randint(0, V, (T,))
+    weight = placed(torch.randn(V, D))
+    labels = placed(torch.randint(0, V, (T,)))
     hidden = (weight[labels] * 0.55).requires_grad_()
     head = VocabParallelHead(DenseHead(weight[_rows(rank)]))
-    g = torch.ones(T)
+    g = torch.ones_like(labels)
     got = results(linear_logps(hidden, head, labels), g, [hidden])
     wide = hidden.detach().double().requires_grad_()
     want = results(gather_logps(wide @ weight.double().T, labels), g, [wide])
@@ -192,7 +204,7 @@ def _vocab_parallel_confident(rank):
 
 def _vocab_parallel_edges(rank):
     torch.manual_seed(0)
-    weight = torch.randn(V, D, dtype=torch.float64)
+    weight = leaf(V, D, grad=False)
     head = VocabParallelHead(DenseHead(weight[_rows(rank)].clone().requires_grad_()))
     hidden, labels, g = problem()
     nothing = linear_logps(hidden, head, torch.full_like(labels, -100))

@@ -112,8 +112,18 @@ class Head:
         """Fold the gradient of one block into `gradients` (each block comes exactly once)."""
         raise NotImplementedError
 
+    def check(self, hidden_states: Tensor) -> None:
+        """Require hidden states (..., D) of this head's D."""
+        if hidden_states.shape[-1] != self.hidden_size:
+            reject(
+                "`hidden_states` and `lm_head` must agree in the hidden size",
+                f"hidden_states D={hidden_states.shape[-1]}, lm_head D={self.hidden_size}",
+                "Pass the head of the model that made these hidden states.",
+            )
+
     def logits(self, hidden_states: Tensor, *, block_size: int = 16384) -> Tensor:
         """Return the full logits (N, V) of a few hidden states (N, D), to probe or to inspect."""
+        self.check(hidden_states)
         hidden = self.project(hidden_states)
         bias, blocks = self.bias(), []
         for start in range(0, self.vocab_size, block_size):
@@ -216,8 +226,8 @@ class WeightHead(Head):
 class DenseHead(WeightHead):
     """A (V, D) weight with an optional (V,) bias, frozen or trainable.
 
-    A weight on the CPU under hidden states on an accelerator is streamed block by block (pin it to
-    overlap the copies); its gradient lands on the CPU.
+    A weight on the CPU under hidden states on an accelerator is streamed block by block (pinned, its
+    copies do not hold up the CPU); its gradient lands on the CPU.
 
     Args:
         weight: (V, D) float tensor; read at call time, never copied whole.

@@ -63,6 +63,12 @@ class LoRAHead(Head):
                     f"A {shape_of(adapter.a)}, B {shape_of(adapter.b)}",
                     "Pass A (r, D) and B (V, r) of an adapter of this lm_head.",
                 )
+            if adapter.bias is not None and adapter.bias.shape != want_b[:1]:
+                reject(
+                    f"the bias of LoRA B must have shape ({base.vocab_size},)",
+                    shape_of(adapter.bias),
+                    "Pass the bias that belongs to this B.",
+                )
         self.base, self._adapters, self._disabled = base, list(adapters), disabled
         self._columns: list[Tensor] = []
         for adapter in adapters:

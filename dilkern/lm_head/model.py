@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dilkern.lm_head.base import Head, HeadSource
 from dilkern.lm_head.modules import as_head, unwrap
+from dilkern.lm_head.sharded import absent, call_held
 from dilkern.validation import check_positive, name_of, reject
 
 # What a config may say of its logits. Models disagree on whether a number multiplies or divides
@@ -23,6 +24,7 @@ SCALE_NAMES = (
     "output_multiplier",  # Muse
     "logits_mup_width_multiplier",  # Inkling
 )
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # in all models but HyperCLOVA-X
 SOFTCAP_NAMES = ("final_logit_softcapping",)  # Gemma 2 and later, nanochat, Mistral Large 4, ...
 # The probe's large tokens reach this logit: far enough for a softcap of 10 to 100 to show.
 _PROBE_LOGIT = 60.0
@@ -57,8 +59,9 @@ class LMHead(HeadSource):
 
         One forward of 4 tokens runs the model with its last hidden states replaced, two of them
         scaled up until a softcap shows, and compares its logits with those of the head under every
-        transform that the config suggests. With sharded weights every rank must call it; on weights
-        that are still on the meta device the config is taken at its word.
+        transform that the config suggests. With sharded weights every rank must call it. Where the
+        weights come later (on the meta device, or sharded by ZeRO-3 and deepspeed.initialize not yet
+        called), the config is taken at its word.
 
         Args:
             model: a causal LM, also inside PEFT, DDP or torch.compile wrappers.
@@ -72,28 +75,22 @@ class LMHead(HeadSource):
         causal = unwrap(model)
         embeddings = getattr(causal, "get_output_embeddings", lambda: None)()
         backbone = getattr(causal, "base_model", causal)
-        if embeddings is None or backbone is causal:
+        if not isinstance(embeddings, nn.Module) or backbone is causal:
             reject(
                 "the model must have an lm_head and a backbone under it",
-                f"{name_of(causal)} with get_output_embeddings() = {type(embeddings).__name__}",
-                "Pass a transformers causal LM, or `as_head(...)` of its head.",
+                f"{name_of(causal)} with get_output_embeddings() = {type(embeddings).__name__} and "
+                f"base_model = {type(backbone).__name__}",
+                "Pass a transformers causal LM whose `base_model` is its backbone, or `as_head(...)` "
+                "of its head.",
             )
-        if any(p.device.type == "meta" for p in embeddings.parameters()):
-            # A rank that receives its weights later; the rank that has them probes.
+        if absent(embeddings):
             scale, softcap = _declared(causal.config)
             return cls(
                 causal.get_output_embeddings,
                 scale=scale / temperature,
                 softcap=softcap / temperature,
             )
-        hidden, want = _probe(causal, backbone, embeddings)
-        plain = as_head(embeddings)
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            raw = plain.logits(hidden)
-        dtypes = {want.dtype, hidden.dtype, *(d for d in plain.strict_dtypes())}
-        tolerance = max(_TOLERANCE[dtype] for dtype in dtypes)
-        if '"eight_bit"' in plain.spec():
-            tolerance = max(tolerance, _INT8_TOLERANCE)
+        raw, want, tolerance = _probe(causal, backbone, embeddings)
         error, scale, softcap = min(
             (_error(raw, want, scale, softcap), scale, softcap)
             for scale, softcap in _candidates(causal.config)
@@ -133,7 +130,7 @@ def _declared(config: Any) -> tuple[float, float]:
     for name in SCALE_NAMES:
         value = getattr(text, name, None)
         if value:
-            divides = name == "logits_scaling" and text.model_type != "hyperclovax"
+            divides = name in DIVISORS and text.model_type != "hyperclovax"
             scale *= 1 / float(value) if divides else float(value)
     softcap = next((v for v in (getattr(text, n, None) for n in SOFTCAP_NAMES) if v), 0.0)
     return scale, float(softcap)
@@ -151,19 +148,37 @@ def _error(raw: Tensor, want: Tensor, scale: float, softcap: float) -> float:
 
 
 @torch.no_grad()
-def _probe(causal: Any, backbone: Any, embeddings: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return hidden states (4, D) put after the backbone, and the model's logits (4, V)."""
-    fed: list[Tensor] = []
+def _probe(causal: Any, backbone: Any, embeddings: nn.Module) -> tuple[Tensor, Tensor, float]:
+    """Return raw logits W h + b (4, V), the model's logits (4, V), and how far they may differ."""
+    raw: list[Tensor] = []
+    dtypes: set[torch.dtype] = set()
+    tolerance = 0.0
+
+    def raw_logits(hidden: Tensor) -> Tensor:
+        nonlocal tolerance
+        head = as_head(embeddings)
+        if hidden.shape[-1] != head.hidden_size:
+            reject(
+                "the last hidden states of the backbone must be what the lm_head multiplies",
+                f"{name_of(causal)}, hidden states D={hidden.shape[-1]}, lm_head "
+                f"D={head.hidden_size}",
+                "What lies between them is unknown here; use full logits with this model.",
+            )
+        dtypes.update((hidden.dtype, *head.strict_dtypes()))
+        if '"eight_bit"' in head.spec():
+            tolerance = _INT8_TOLERANCE
+        return head.logits(hidden)
 
     def replace(module: Any, args: Any, output: Any) -> Any:
         last = output[0]
         hidden = last.reshape(-1, last.shape[-1])[:4]
-        top = as_head(embeddings).logits(hidden).abs().amax(-1, keepdim=True)
+        top = call_held(embeddings, raw_logits, hidden).abs().amax(-1, keepdim=True)
         # Two tokens as they are; two with logits near and above the usual softcaps.
         factor = torch.tensor([[0.0], [0.0], [0.5], [1.0]], device=top.device) * _PROBE_LOGIT
         factor = torch.where(factor > 0, factor / top.float().clamp_min(1e-30), 1.0)
-        fed.append(hidden * factor.to(hidden.dtype))
-        new = fed[-1].reshape(last.shape)
+        hidden = hidden * factor.to(hidden.dtype)
+        raw.append(call_held(embeddings, raw_logits, hidden))
+        new = hidden.reshape(last.shape)
         if isinstance(output, tuple):
             return (new, *output[1:])
         output.last_hidden_state = new
@@ -179,7 +194,12 @@ def _probe(causal: Any, backbone: Any, embeddings: nn.Module) -> tuple[Tensor, T
     device = causal.get_input_embeddings().weight.device
     # accelerate puts autocast around the forward and keeps the original under this name.
     forward = getattr(causal, "_original_forward", causal)
-    hook = backbone.register_forward_hook(replace)
+    # Some models call the decoder inside their backbone past it; the outermost one that is called
+    # has the last word.
+    decoder = getattr(causal, "get_decoder", lambda: backbone)()
+    hooks = [
+        m.register_forward_hook(replace) for m in {decoder, backbone} - {None, causal, embeddings}
+    ]
     try:
         for layer in asleep:
             layer.training = True
@@ -189,13 +209,16 @@ def _probe(causal: Any, backbone: Any, embeddings: nn.Module) -> tuple[Tensor, T
         ):
             logits = forward(input_ids=torch.arange(4, device=device)[None]).logits
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         for layer in asleep:
             layer.training = False
-    if not fed:
+    if not raw:
         reject(
             "the model must call its backbone as a module",
             f"{name_of(causal)}, whose {name_of(backbone)} was not called",
             "Pass `as_head(lm_head, scale=..., softcap=...)`.",
         )
-    return fed[0], logits.reshape(-1, logits.shape[-1]).to(fed[0].device)
+    want = logits.reshape(-1, logits.shape[-1]).to(raw[-1].device)
+    tolerance = max(tolerance, *(_TOLERANCE[dtype] for dtype in {want.dtype, *dtypes}))
+    return raw[-1], want, tolerance

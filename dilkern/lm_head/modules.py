@@ -30,11 +30,10 @@ def _lora(module: Any, **transforms: float) -> Head:
 
 
 def _modules_to_save(module: Any, **transforms: float) -> Head:
-    """The trained copy, or the original one while adapters are disabled."""
-    chosen = module.original_module
-    if not module.disable_adapters and module.active_adapters:
-        chosen = module.modules_to_save[module.active_adapters[0]]
-    return as_head(chosen, **transforms)
+    """The trained copy, or the original one where PEFT's own forward would take that."""
+    saved, active = module.modules_to_save, module.active_adapters
+    trained = not module.disable_adapters and active and all(name in saved for name in active)
+    return as_head(saved[active[0]] if trained else module.original_module, **transforms)
 
 
 READERS: dict[str, Reader] = {
@@ -63,11 +62,14 @@ def _reader(module: Any) -> Reader | None:
 
 
 def unwrap(model: Any) -> Any:
-    """Return the causal LM inside torch.compile, DDP and PEFT wrappers."""
+    """Return the causal LM inside torch.compile, DDP, DeepSpeed and PEFT wrappers."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
+        elif (
+            isinstance(model, nn.parallel.DistributedDataParallel)
+            or type(model).__name__ == "DeepSpeedEngine"
+        ):
             model = model.module
         elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
             model = model.get_base_model()

@@ -250,7 +250,7 @@ def four_bit_head(module: Any, **transforms: float) -> FourBitHead:
         )
     nested = [state.state2.code, state.state2.absmax, state.offset] if state.nested else []
     four_bit = FourBit(
-        packed=whole(weight.data).reshape(-1).view(torch.uint8),
+        packed=whole(weight).data.reshape(-1).view(torch.uint8),
         code=state.code,
         absmax=state.absmax,
         nested=nested,
@@ -259,7 +259,8 @@ def four_bit_head(module: Any, **transforms: float) -> FourBitHead:
         dtype=state.dtype,
     )
     vocab_size, hidden_size = state.shape
-    return FourBitHead(four_bit, vocab_size, hidden_size, module.bias, **transforms)
+    bias = None if module.bias is None else whole(module.bias)
+    return FourBitHead(four_bit, vocab_size, hidden_size, bias, **transforms)
 
 
 def eight_bit_head(module: Any, **transforms: float) -> EightBitHead:
@@ -277,7 +278,7 @@ def eight_bit_head(module: Any, **transforms: float) -> EightBitHead:
             "Build it with has_fp16_weights=False, or use a plain nn.Linear.",
         )
     # bitsandbytes moves both from the weight to the state in the first forward.
-    codes = weight.data if state.CB is None else state.CB
+    codes = whole(weight).data if state.CB is None else state.CB
     scales = getattr(weight, "SCB", None) if state.SCB is None else state.SCB
     if codes.dtype is not torch.int8 or scales is None:
         reject(
@@ -285,4 +286,5 @@ def eight_bit_head(module: Any, **transforms: float) -> EightBitHead:
             f"{name} with a weight of {codes.dtype}",
             "Move it to its device first: `module.to('cuda')` or `.to('cpu')` quantises it.",
         )
-    return EightBitHead(codes, scales, module.bias, **transforms)
+    bias = None if module.bias is None else whole(module.bias)
+    return EightBitHead(codes, scales, bias, **transforms)

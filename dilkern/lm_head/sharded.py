@@ -6,15 +6,14 @@ T tokens (flat), V vocabulary size (all ranks), D hidden size.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dilkern.lm_head.base import Head, HeadSource
-from dilkern.validation import check_label_values, reject
+from dilkern.validation import check_label_values, name_of, reject, shape_of
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -23,7 +22,21 @@ def whole(tensor: Tensor) -> Tensor:
     The ranks saw different tokens, so the gradient that flows back is averaged over them, as FSDP
     does for the parameters it gathers itself; `full_tensor()` alone would leave it unreduced.
     """
+    shape = getattr(tensor, "ds_shape", tensor.shape)
+    if tensor.shape != shape:
+        reject(
+            "a head sharded by DeepSpeed ZeRO-3 must be gathered by the hooks of its module",
+            f"a parameter of {shape_of(tensor)} in place of {tuple(shape)}",
+            "Call deepspeed.initialize first, and pass the module (or an `LMHead`), not its weight.",
+        )
     if type(tensor).__name__ != "DTensor":
+        if hasattr(tensor, "__tensor_flatten__"):
+            reject(
+                "the parameters of a head must be plain tensors or DTensors",
+                name_of(tensor),
+                "Its layout is unknown here (torchao, for one): leave the lm_head out of it, or pass "
+                "a dense weight.",
+            )
         return tensor
     from torch.distributed.tensor import Partial
 
@@ -34,25 +47,52 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
-def gathered(holder: Any) -> AbstractContextManager[Any]:
-    """Gather DeepSpeed ZeRO-3 parameters for the time of a `with`; nothing for all others.
+def call_held(lm_head: Any, score: Callable[[Tensor], Tensor], hidden_states: Tensor) -> Tensor:
+    """Return `score(hidden_states)`, called as the forward of a head that DeepSpeed ZeRO-3 shards.
+
+    ZeRO-3 gathers the parameters of a module in hooks around its call and around its backward, where
+    they must be whole until autograd has put the gradient on them. So the module is called, with
+    `score` in the place of its forward. Any other head is not called.
 
     Args:
-        holder: what `as_head` takes, or a list of tensors.
+        lm_head: what `as_head` takes.
+        score: reads the head anew; its result passes through the hooks.
+        hidden_states: of any shape.
     """
     deepspeed = sys.modules.get("deepspeed")
     if deepspeed is None:
-        return nullcontext()
-    if isinstance(holder, HeadSource):
-        holder = holder.find()
-    tensors: Iterable[Any] = [holder] if isinstance(holder, Tensor) else holder
-    if isinstance(holder, nn.Module):
-        tensors = holder.parameters()
-    elif isinstance(holder, Head):
-        tensors = holder.tensors()
-    partitioned = [t for t in tensors if hasattr(t, "ds_id")]
-    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(partitioned)
-    return context
+        return score(hidden_states)
+    module = lm_head.find() if isinstance(lm_head, HeadSource) else lm_head
+    partitioned = []
+    if isinstance(module, nn.Module):
+        partitioned = [p for p in module.parameters() if hasattr(p, "ds_id")]
+    if not partitioned:
+        return score(hidden_states)
+    own = {id(p) for p in module.parameters(recurse=False)}
+    for p in partitioned:
+        if id(p) not in own:  # those of an adapter, say: the hooks of `module` gather them too
+            deepspeed.zero.register_external_parameter(module, p)
+    before = vars(module).get("forward")
+    module.forward = score
+    try:
+        result: Tensor = module(hidden_states)
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+    return result
+
+
+def absent(module: nn.Module) -> bool:
+    """Return whether the weights of `module` are not to be had before training has begun.
+
+    They are on the meta device (another rank loads them), or ZeRO-3 shards them and its hooks, which
+    `deepspeed.initialize` installs, are not there yet.
+    """
+    hooked = hasattr(module, "ds_id")  # of a module; a parameter's is there from its sharding on
+    return any(
+        p.device.type == "meta" or (hasattr(p, "ds_id") and not hooked) for p in module.parameters()
+    )
 
 
 class _CopyToShards(torch.autograd.Function):

@@ -9,7 +9,9 @@ from head_cases import (
     check_budget,
     check_exact,
     gather_logps,
+    leaf,
     naive_logits,
+    placed,
     problem,
     results,
 )
@@ -18,22 +20,22 @@ from torch import nn
 from dilkern import linear_logps
 from dilkern.lm_head import DenseHead, LMHead, as_head
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.mark.parametrize("train_weight", [True, False])
 @pytest.mark.parametrize("train_bias", [True, False, None])
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, 0.0), (0.25, 0.0), (2.0, 5.0)])
 def test_every_subset_of_gradients(train_weight, train_bias, scale, softcap):
-    weight = torch.randn(V, D, dtype=torch.float64, requires_grad=train_weight)
-    bias = None
-    if train_bias is not None:
-        bias = torch.randn(V, dtype=torch.float64, requires_grad=train_bias)
+    weight = leaf(V, D, grad=train_weight)
+    bias = None if train_bias is None else leaf(V, grad=train_bias)
     params = [p for p in (weight, bias) if p is not None and p.requires_grad]
     head = DenseHead(weight, bias, scale=scale, softcap=softcap)
     check_exact(head, lambda: (weight, bias), params, scale=scale, softcap=softcap)
 
 
 def test_temperature_divides_the_logits_after_the_softcap():
-    linear = nn.Linear(D, V).double()
+    linear = placed(nn.Linear(D, V).double())
     source = LMHead(lambda: linear, scale=0.5 / 0.7, softcap=5.0 / 0.7)
     hidden, labels, _ = problem()
     logits = naive_logits(hidden, linear.weight, linear.bias, 0.5, 5.0) / 0.7
@@ -42,11 +44,11 @@ def test_temperature_divides_the_logits_after_the_softcap():
 
 @pytest.mark.parametrize("shift", [False, True])
 def test_tied_weight_gets_the_sum_of_both_gradients(shift):
-    embedding = nn.Embedding(V, D).double()
-    linear = nn.Linear(D, V, bias=False).double()
+    embedding = placed(nn.Embedding(V, D).double())
+    linear = placed(nn.Linear(D, V, bias=False).double())
     linear.weight = embedding.weight
     _, labels, g = problem()
-    ids = torch.randint(0, V, (T,))
+    ids = placed(torch.randint(0, V, (T,)))
 
     def hidden():
         return torch.tanh(embedding(ids))
@@ -64,7 +66,7 @@ def test_tied_weight_gets_the_sum_of_both_gradients(shift):
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_16_bits_within_twice_the_error_of_torch(dtype, softcap):
     hidden, labels, g = problem(dtype)
-    linear = nn.Linear(D, V).to(dtype)
+    linear = placed(nn.Linear(D, V).to(dtype))
     inputs = [hidden, linear.weight, linear.bias]
     head = as_head(linear, softcap=softcap)
     got = results(linear_logps(hidden, head, labels), g, inputs)
@@ -75,10 +77,10 @@ def test_16_bits_within_twice_the_error_of_torch(dtype, softcap):
     check_budget(got, peer, results(gather_logps(logits, labels), g, wide))
 
 
-def test_autocast_takes_fp32_masters_with_16_bit_products():
+def test_autocast_takes_fp32_masters_with_16_bit_products(device):
     hidden, labels, _ = problem(torch.float32)
-    linear = nn.Linear(D, V)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    linear = placed(nn.Linear(D, V))
+    with torch.autocast(device, dtype=torch.bfloat16):
         got = linear_logps(hidden, linear, labels)
     rounded = linear_logps(
         hidden.bfloat16(), DenseHead(linear.weight.bfloat16(), linear.bias.bfloat16()), labels
@@ -93,14 +95,14 @@ def test_subclasses_of_linear_that_keep_its_forward_are_dense():
     class Named(nn.Linear):
         pass
 
-    named = Named(D, V).double()
+    named = placed(Named(D, V).double())
     check_exact(named, lambda: (named.weight, named.bias), [named.weight])
     nn.utils.parametrizations.weight_norm(named)
     check_exact(named, lambda: (named.weight, named.bias), list(named.parameters()))
 
 
 def test_logits_are_the_naive_ones():
-    weight = torch.randn(V, D, dtype=torch.float64)
+    weight = leaf(V, D, grad=False)
     hidden, _, _ = problem()
     got = DenseHead(weight, scale=2.0, softcap=3.0).logits(hidden, block_size=100)
     torch.testing.assert_close(got, naive_logits(hidden, weight, None, 2.0, 3.0))

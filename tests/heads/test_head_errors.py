@@ -7,6 +7,7 @@ import pytest
 import torch
 from head_cases import D, V, four_bit_linear, problem
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from dilkern import linear_logps
 from dilkern.lm_head import Adapter, DenseHead, LMHead, LoRAHead, as_head
@@ -55,6 +56,13 @@ def test_a_linear_with_a_forward_of_its_own_is_refused():
         as_head(Doubled(D, V))
 
 
+def test_a_weight_that_is_a_tensor_subclass_is_refused():
+    linear = nn.Linear(D, V)
+    linear.weight = nn.Parameter(TwoTensor(linear.weight.data, linear.weight.data))
+    with pytest.raises(ValueError, match=r"plain tensors or DTensors.*TwoTensor.*torchao"):
+        as_head(linear)
+
+
 def test_transforms_go_where_the_head_is_made():
     head = DenseHead(torch.randn(V, D))
     for given in (head, LMHead(lambda: head)):
@@ -66,6 +74,10 @@ def test_lora_shapes():
     base = DenseHead(torch.randn(V, D))
     with pytest.raises(ValueError, match=r"shapes \(4, 64\) and \(301, 4\).*A shape \(4, 63\)"):
         LoRAHead(base, [Adapter(torch.randn(4, D - 1), torch.randn(V, 4), 1.0)])
+    with pytest.raises(ValueError, match=r"bias of LoRA B must have shape \(301,\).*\(4,\)"):
+        LoRAHead(base, [Adapter(torch.randn(4, D), torch.randn(V, 4), 1.0, torch.randn(4))])
+    with pytest.raises(ValueError, match=r"LoRA B.*int64"):
+        LoRAHead(base, [Adapter(torch.randn(4, D), torch.ones(V, 4, dtype=torch.int64), 1.0)])
 
 
 def test_lora_dropout_in_training():
@@ -77,6 +89,20 @@ def test_lora_dropout_in_training():
 def test_dora():
     with pytest.raises(ValueError, match=r"layer.Linear with DoraLinearVariant.*use_dora=False"):
         as_head(lora_layer(nn.Linear(D, V), use_dora=True))
+
+
+@pytest.mark.filterwarnings("ignore:aLoRA is currently:UserWarning")
+def test_activated_lora():
+    with pytest.raises(ValueError, match=r"layer.Linear with ALoraLinearVariant.*no other variant"):
+        as_head(lora_layer(nn.Linear(D, V), alora_invocation_tokens=[1]))
+
+
+def test_lora_on_parameters_instead_of_modules():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=[], target_parameters=["lm_head.weight"])
+    model = peft.get_peft_model(nn.ModuleDict({"lm_head": nn.Linear(D, V)}), config)
+    with pytest.raises(ValueError, match=r"received peft\.tuners\.lora\.layer\.ParamWrapper"):
+        as_head(model.base_model.model["lm_head"])
 
 
 def test_other_tuners():

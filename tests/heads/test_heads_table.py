@@ -1,18 +1,55 @@
-"""The table of docs/heads.md names tests that exist."""
+"""The table of docs/heads.md names tests that exist; README shows it without their names.
+
+`python tests/heads/test_heads_table.py` prints the README's table.
+"""
 
 import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
-def test_the_table_names_tests_that_exist():
-    text = (HERE.parents[1] / "docs" / "heads.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) > 15
-    for row in rows:
-        assert row.count("|") == 5, row
-        source = ""
-        for file, name in re.findall(r"`(test_\w+\.py)?::(test_\w+)", row):
-            source = (HERE / file).read_text() if file else source
-            assert f"def {name}(" in source, f"{name} in: {row}"
+def rows():
+    """Yield the cells of each row: kind, frozen on the CPU, trainable on the CPU, GPU."""
+    text = (ROOT / "docs" / "heads.md").read_text()
+    for line in [line for line in text.splitlines() if line.startswith("| ")][1:]:
+        assert line.count("|") == 5, line
+        yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def readme_table():
+    lines = ["| head | frozen, CPU | trainable, CPU | frozen, GPU | trainable, GPU |"]
+    lines.append("|---|---|---|---|---|")
+    for kind, *cells in rows():
+        frozen, trainable, gpu = (cell.split(":")[0] for cell in cells)
+        on_gpu = [gpu if cell != "-" else "-" for cell in (frozen, trainable)]
+        lines.append(f"| {' | '.join((kind, frozen, trainable, *on_gpu))} |")
+    return "\n".join(lines)
+
+
+def test_every_cell_names_tests_that_exist():
+    assert len(list(rows())) > 10
+    for kind, *cells in rows():
+        source = named = ""
+        for cell in cells:
+            found = re.findall(r"`(test_\w+\.py)?::(test_\w+)", cell)
+            for file, name in found:
+                source = (HERE / file).read_text() if file else source
+                assert f"def {name}(" in source, f"{name} in: {kind}"
+            named = named or found
+            untested = cell in ("-", "no test")
+            assert untested or found or (named and "the same" in cell), f"{kind}: {cell}"
+        if cells[-1].startswith("test written"):
+            assert (
+                'usefixtures("device")' in source
+                or "device" in re.findall(rf"def {name}\(([^)]*)\)", source)[0]
+            ), f"{kind}: {name} does not run on a GPU"
+
+
+def test_the_readme_shows_the_table():
+    assert readme_table() in (ROOT / "README.md").read_text()
+
+
+if __name__ == "__main__":
+    print(readme_table())

@@ -12,6 +12,8 @@ from head_cases import (
     eight_bit_linear,
     four_bit_linear,
     gather_logps,
+    leaf,
+    placed,
     problem,
     recipe,
     results,
@@ -22,6 +24,7 @@ from dilkern import linear_logps
 from dilkern.lm_head import Adapter, DenseHead, LoRAHead, as_head
 
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.usefixtures("device")
 
 BASES = ("dense", "four_bit", "eight_bit")
 
@@ -38,7 +41,8 @@ class Model(nn.Module):
 
 def base_linear(kind, bias=False):
     if kind == "dense":
-        return nn.Linear(D, V, bias=bias).double()
+        return placed(nn.Linear(D, V, bias=bias).double())
+    pytest.importorskip("bitsandbytes")
     return four_bit_linear(bias=bias) if kind == "four_bit" else eight_bit_linear(bias=bias)
 
 
@@ -106,7 +110,7 @@ def test_gradients_of_hidden_states_a_and_b(kind, rslora, scale, softcap):
 @pytest.mark.parametrize("kind", BASES)
 def test_bias_of_the_base_and_of_the_adapter(kind):
     linear = base_linear(kind, bias=True)
-    linear.bias = nn.Parameter(torch.randn(V, dtype=torch.float64))
+    linear.bias = nn.Parameter(leaf(V, grad=False))
     layer = layer_of(with_lora(linear, lora_bias=True))
     linear.bias.requires_grad_()
     params = [*adapter_params(layer), linear.bias]
@@ -118,7 +122,7 @@ def test_bias_of_the_base_and_of_the_adapter(kind):
 @pytest.mark.parametrize("train_b", [True, False])
 @pytest.mark.parametrize("train_weight", [True, False])
 def test_every_subset_of_gradients(train_a, train_b, train_weight):
-    layer = layer_of(with_lora(nn.Linear(D, V, bias=False).double()))
+    layer = layer_of(with_lora(base_linear("dense")))
     parts = (
         (layer.lora_A["default"].weight, train_a),
         (layer.lora_B["default"].weight, train_b),
@@ -170,7 +174,7 @@ def test_fresh_adapter_and_disabled_adapter_give_the_same_bits(kind, dtype):
 
 
 def test_merged_adapter_is_in_the_weight_and_disabling_takes_it_out_again():
-    model = with_lora(nn.Linear(D, V, bias=False).double())
+    model = with_lora(base_linear("dense"))
     layer = layer_of(model)
     plain = layer.base_layer.weight.detach().clone()
     model.merge_adapter()
@@ -206,21 +210,21 @@ def test_recompute_pass_leaves_out_the_columns_of_a_frozen_base():
 
 
 def test_scale_changed_later_is_read_at_the_call():
-    layer = layer_of(with_lora(nn.Linear(D, V, bias=False).double()))
+    layer = layer_of(with_lora(base_linear("dense")))
     layer.scale_layer(0.25)
     assert layer.scaling["default"] == 0.5
     check_exact(layer, lambda: dense_equivalent(layer), adapter_params(layer))
 
 
 def test_dropout_is_harmless_outside_training():
-    model = with_lora(nn.Linear(D, V, bias=False).double(), lora_dropout=0.1)
+    model = with_lora(base_linear("dense"), lora_dropout=0.1)
     layer = layer_of(model.eval())
     check_exact(layer, lambda: dense_equivalent(layer), adapter_params(layer))
 
 
 def test_modules_to_save_are_read_at_the_call():
-    linear = nn.Linear(D, V).double()
-    body = nn.Sequential(nn.Linear(D, D))
+    linear = base_linear("dense", bias=True)
+    body = nn.Sequential(placed(nn.Linear(D, D)))
     outer = Model(linear)
     outer.body = body
     config = peft.LoraConfig(target_modules=["body.0"], modules_to_save=["lm_head"])
@@ -234,10 +238,28 @@ def test_modules_to_save_are_read_at_the_call():
         check_exact(wrapper, lambda: (original.weight, original.bias))
 
 
+def test_modules_to_save_of_several_adapters():
+    outer = Model(base_linear("dense", bias=True))
+    outer.body = nn.Sequential(placed(nn.Linear(D, D)))
+    saved = peft.LoraConfig(target_modules=["body.0"], modules_to_save=["lm_head"])
+    model = peft.get_peft_model(outer, saved)
+    model.add_adapter("second", saved)
+    model.add_adapter("without", peft.LoraConfig(target_modules=["body.0"]))
+    wrapper = layer_of(model)
+    for copy in wrapper.modules_to_save.values():
+        copy.weight.data.normal_()
+    hidden, _, _ = problem()
+    seen = []
+    for names in ("default", "second", "without", ["default", "without"]):
+        model.base_model.set_adapter(names)
+        seen.append(as_head(wrapper).logits(hidden))
+        torch.testing.assert_close(seen[-1], wrapper(hidden))
+    assert not torch.equal(seen[0], seen[1])
+
+
 def test_adapter_over_an_adapter():
-    weight = torch.randn(V, D, dtype=torch.float64)
-    leaves = [torch.randn(*s, dtype=torch.float64) for s in ((3, D), (V, 3), (2, D), (V, 2))]
-    a1, b1, a2, b2 = (leaf.requires_grad_() for leaf in leaves)
+    weight = leaf(V, D, grad=False)
+    leaves = a1, b1, a2, b2 = [leaf(*s) for s in ((3, D), (V, 3), (2, D), (V, 2))]
     inner = LoRAHead(DenseHead(weight), [Adapter(a1, b1, 2.0)])
     head = LoRAHead(inner, [Adapter(a2, b2, 0.5)])
     check_exact(head, lambda: (weight + 2 * b1 @ a1 + 0.5 * b2 @ a2, None), leaves)
@@ -245,7 +267,7 @@ def test_adapter_over_an_adapter():
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", BASES)
-def test_bf16_within_twice_the_error_of_peft(kind, autocast):
+def test_bf16_within_twice_the_error_of_peft(kind, autocast, device):
     """fp32 adapters over a bf16 base, as PEFT makes them."""
     linear = base_linear(kind)
     if kind == "dense":
@@ -256,7 +278,7 @@ def test_bf16_within_twice_the_error_of_peft(kind, autocast):
         p.data = (0.1 * p.data).float()
     hidden, labels, g = problem(torch.bfloat16)
     inputs = [hidden, *adapter_params(layer)]
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
         got = results(linear_logps(hidden, layer, labels), g, inputs)
         peer = results(gather_logps(layer(hidden).float(), labels), g, inputs)
     wide = [x.detach().double().requires_grad_() for x in inputs]
@@ -267,7 +289,7 @@ def test_bf16_within_twice_the_error_of_peft(kind, autocast):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_graph_break(dynamic):
-    layer = layer_of(with_lora(four_bit_linear()))
+    layer = layer_of(with_lora(base_linear("four_bit")))
     hidden, labels, g = problem()
     inputs = [hidden, *adapter_params(layer)]
 

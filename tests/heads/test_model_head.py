@@ -1,8 +1,10 @@
 """LMHead.from_model on real transformers models (tiny, from config), under PEFT, in 4 bits."""
 
+import types
+
 import pytest
 import torch
-from head_cases import four_bit_linear, gather_logps
+from head_cases import four_bit_linear, gather_logps, placed
 from torch import nn
 
 from dilkern import linear_logps
@@ -10,6 +12,7 @@ from dilkern.lm_head import EightBitHead, FourBitHead, LMHead, LoRAHead
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.usefixtures("device")
 
 VOCAB = 67
 SIZES = {
@@ -32,6 +35,18 @@ FAMILIES = {
     "gemma2": ({"final_logit_softcapping": 20.0}, 1.0, 20.0),
     "gemma3_text": ({"final_logit_softcapping": 30.0}, 1.0, 30.0),
     "cohere": ({"logit_scale": 0.0625}, 0.0625, 0.0),
+    "cohere2": ({"logit_scale": 0.0625}, 0.0625, 0.0),
+    "falcon_h1": (
+        {
+            "lm_head_multiplier": 0.5,
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 2,
+            "mamba_d_head": 32,
+            "mamba_d_state": 16,
+        },
+        0.5,
+        0.0,
+    ),
     "granite": ({"logits_scaling": 8.0}, 1 / 8.0, 0.0),
     "hyperclovax": ({"logits_scaling": 0.25}, 0.25, 0.0),
     "minicpm3": (
@@ -50,11 +65,17 @@ FAMILIES = {
 
 
 def tiny(family, **more):
+    if family not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
     config = transformers.AutoConfig.for_model(family, **(SIZES | FAMILIES[family][0] | more))
     model = transformers.AutoModelForCausalLM.from_config(config)
     for p in model.get_output_embeddings().parameters():
         p.data.normal_(std=0.5)  # logits large enough for a softcap to matter
-    return model
+    return placed(model)
+
+
+def some_ids():
+    return placed(torch.randint(3, VOCAB, (2, 9)))
 
 
 def model_logps(model, ids):
@@ -75,7 +96,7 @@ def test_transforms_and_logps_of_every_family(family):
     head = LMHead.from_model(model)
     _, scale, softcap = FAMILIES[family]
     assert (head.scale, head.softcap) == (scale, softcap)
-    ids = torch.randint(3, VOCAB, (2, 9))
+    ids = some_ids()
     got = head_logps(model, model.base_model, head, ids)
     want = model_logps(model, ids)
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
@@ -118,7 +139,7 @@ def test_peft_models_with_the_adapter_on_and_off(family):
     model = lora_model(family)
     head = LMHead.from_model(model)
     assert isinstance(head.head(), LoRAHead)
-    ids = torch.randint(3, VOCAB, (2, 9))
+    ids = some_ids()
     backbone = model.get_base_model().base_model
     parameters = [p for n, p in model.named_parameters() if "lora_" in n]
     got, want = head_logps(model, backbone, head, ids), model_logps(model, ids)
@@ -170,7 +191,7 @@ def test_eight_bit_head_in_a_model(mode):
     model = tiny("granite", tie_word_embeddings=False)
     linear = bnb.nn.Linear8bitLt(64, VOCAB, bias=False, has_fp16_weights=False)
     linear.weight.data.normal_()
-    model.lm_head = linear.to("cpu")
+    model.lm_head = placed(linear)
     assert LMHead.from_model(getattr(model, mode)()).scale == 1 / 8.0
 
 
@@ -191,6 +212,26 @@ def test_a_softcap_unknown_to_the_config_raises():
         LMHead.from_model(model)
 
 
+def test_a_backbone_that_is_not_called_as_a_module_raises():
+    model = tiny("llama")
+
+    def forward(input_ids):
+        hidden = model.model.forward(input_ids).last_hidden_state
+        return types.SimpleNamespace(logits=model.lm_head(hidden))
+
+    model.forward = forward
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM, whose .*LlamaModel was not called"):
+        LMHead.from_model(model)
+
+
+def test_a_head_behind_a_projection_raises():
+    model = tiny("llama", tie_word_embeddings=False)
+    model.lm_head = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, VOCAB))
+    model.get_output_embeddings = lambda: model.lm_head[1]
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM, hidden states D=64, lm_head D=32"):
+        LMHead.from_model(placed(model))
+
+
 def test_a_model_without_a_head_raises():
     config = transformers.AutoConfig.for_model("llama", **SIZES)
     with pytest.raises(ValueError, match=r"LlamaModel.*as_head"):
@@ -208,9 +249,9 @@ def test_the_probe_leaves_the_model_and_the_generator_as_they_were():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_autocast_around_the_probe_does_not_disturb_it():
+def test_autocast_around_the_probe_does_not_disturb_it(device):
     model = tiny("granite")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         assert LMHead.from_model(model).scale == 1 / 8.0
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
@@ -218,14 +259,14 @@ def test_autocast_around_the_probe_does_not_disturb_it():
 
 
 @pytest.mark.parametrize("load", ["load_in_4bit", "load_in_8bit"])
-def test_qlora_model_loaded_with_a_quantised_head(load, tmp_path):
+def test_qlora_model_loaded_with_a_quantised_head(load, tmp_path, device):
     """The path people take: from_pretrained with a quantisation config that spares no module."""
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("accelerate")
     tiny("llama").save_pretrained(tmp_path)
     quantised = transformers.BitsAndBytesConfig(**{load: True}, llm_int8_skip_modules=[])
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=quantised, device_map={"": "cpu"}, dtype=torch.float32
+        tmp_path, quantization_config=quantised, device_map={"": device}, dtype=torch.float32
     )
     model = peft.prepare_model_for_kbit_training(
         model, gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -238,7 +279,7 @@ def test_qlora_model_loaded_with_a_quantised_head(load, tmp_path):
     head = LMHead.from_model(model)
     base = head.head().base
     assert isinstance(base, FourBitHead if load == "load_in_4bit" else EightBitHead)
-    ids = torch.randint(3, VOCAB, (2, 9))
+    ids = some_ids()
     parameters = [p for n, p in model.named_parameters() if "lora_" in n]
     got = head_logps(model, model.get_base_model().base_model, head, ids)
     want = model_logps(model, ids)

@@ -1,12 +1,16 @@
 """A head on the CPU under hidden states elsewhere: what is moved is one block, never the weight."""
 
+import subprocess
+import sys
+from pathlib import Path
+
+import head_cases
 import pytest
 import torch
-from head_cases import D, V, assert_exact, four_bit_linear, gather_logps, problem, results
+from head_cases import D, V, check_exact, eight_bit_linear, four_bit_linear, leaf, placed
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dilkern import linear_logps
 from dilkern.lm_head import Adapter, DenseHead, LoRAHead, as_head, rebuild
 
 META = torch.device("meta")
@@ -49,19 +53,48 @@ def test_blocks_and_rows_move_one_at_a_time(kind):
     assert bias is None or bias.device == META
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_no_operation_mixes_devices():
+    """Every kind of head, on a made-up device and on the CPU under hidden states there."""
+    pytest.importorskip("bitsandbytes")
+    script = Path(__file__).parents[1] / "head_devices.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.stdout.strip() == "8 heads", done.stderr
+
+
+def linear_on_the_cpu(kind, monkeypatch):
+    """Return a linear that stays on the CPU and its fp64 weight."""
+    if kind != "dense":
+        pytest.importorskip("bitsandbytes")
+    with monkeypatch.context() as here:
+        here.setattr(head_cases, "DEVICE", "cpu")
+        if kind == "dense":
+            linear = nn.Linear(D, V).double()
+            return linear, linear.weight
+        linear = four_bit_linear() if kind == "four_bit" else eight_bit_linear()
+    return linear, as_head(linear).block(0, V, torch.float64)
+
+
 @pytest.mark.parametrize("pinned", [False, True])
-def test_gradients_of_a_streamed_head(pinned):
-    linear = nn.Linear(D, V).double()
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "four_bit", "eight_bit"])
+def test_gradients_of_a_streamed_head(kind, lora, train, pinned, device, monkeypatch):
+    if pinned and device == "cpu":
+        pytest.skip("memory is pinned for a GPU")
+    if train and kind != "dense":
+        pytest.skip("quantised weights are not trained")
+    linear, weight = linear_on_the_cpu(kind, monkeypatch)
+    linear.requires_grad_(train)
     if pinned:
         for p in linear.parameters():
             p.data = p.data.pin_memory()
-    params = list(linear.parameters())
-    hidden, labels, g = problem()
-    want = results(gather_logps(linear(hidden), labels), g, [hidden, *params])
-    on_gpu = hidden.detach().cuda().requires_grad_()
-    logps = linear_logps(on_gpu, linear, labels.cuda(), workspace_mib=0.1)
-    got = results(logps, g.cuda(), [on_gpu, *params])
-    assert got[2].device.type == "cpu"
-    assert_exact([x.cpu() for x in got], want)
+    a, b = leaf(4, D), leaf(V, 4)  # PEFT keeps adapters on the device of the hidden states
+    head = LoRAHead(as_head(linear), [Adapter(a, b, 2.0)]) if lora else linear
+
+    def dense():
+        bias = None if linear.bias is None else placed(linear.bias)
+        return placed(weight) + 2.0 * b @ a if lora else placed(weight), bias
+
+    params = [*(linear.parameters() if train else ()), *((a, b) if lora else ())]
+    check_exact(head, dense, params)
+    assert all(p.device.type == "cpu" for p in linear.parameters())

@@ -10,6 +10,8 @@ from head_cases import (
     eight_bit_linear,
     four_bit_linear,
     gather_logps,
+    leaf,
+    placed,
     problem,
     recipe,
     results,
@@ -20,22 +22,28 @@ from dilkern import linear_logps
 from dilkern.lm_head import EightBitHead, FourBitHead, as_head
 
 bnb = pytest.importorskip("bitsandbytes")
+pytestmark = [
+    pytest.mark.usefixtures("device"),
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning"),
+]
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_decode_is_bit_exact(quant_type, nested, blocksize, dtype):
+def test_decode_is_bit_exact(quant_type, nested, blocksize, dtype, device):
     linear = four_bit_linear(quant_type=quant_type, nested=nested, blocksize=blocksize, dtype=dtype)
     head, want = as_head(linear), recipe(linear)
     assert isinstance(head, FourBitHead) and head.vocab_size == V and head.hidden_size == D
     for start, end in ((0, V), (7, 190), (V - 1, V)):
         assert torch.equal(head.block(start, end, dtype), want[start:end])
-    ids = torch.tensor([0, V - 1, 5, 5, 17])
+    ids = placed(torch.tensor([0, V - 1, 5, 5, 17]))
     assert torch.equal(head.gather(ids, dtype), want[ids])
     assert torch.equal(head.gather(ids, torch.float64), want[ids].double())
-    if D % blocksize == 0:  # elsewhere bitsandbytes' CPU dequantisation is wrong
+    if (
+        device == "cpu" and D % blocksize == 0
+    ):  # elsewhere bitsandbytes' CPU dequantisation is wrong
         by_bnb = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
         assert torch.equal(want, by_bnb)
 
@@ -56,7 +64,7 @@ def test_blocks_that_cross_rows_and_odd_sizes(shape, monkeypatch):
     head, want = as_head(linear), recipe(linear)
     for start in range(0, shape[0], max(1, shape[0] // 5)):
         assert torch.equal(head.block(start, shape[0], torch.float32), want[start:])
-    ids = torch.randint(0, shape[0], (40,))
+    ids = placed(torch.randint(0, shape[0], (40,)))
     assert torch.equal(head.gather(ids, torch.float32), want[ids])
 
 
@@ -67,7 +75,7 @@ def test_four_bit_gradients(quant_type, bias, scale, softcap):
     linear = four_bit_linear(quant_type=quant_type, bias=bias is not None)
     weight = recipe(linear).double()
     if bias is not None:
-        linear.bias = nn.Parameter(torch.randn(V, dtype=torch.float64), requires_grad=bias)
+        linear.bias = nn.Parameter(leaf(V, grad=False), requires_grad=bias)
     params = [linear.bias] if bias else []
     head = as_head(linear, scale=scale, softcap=softcap)
     check_exact(head, lambda: (weight, linear.bias), params, scale=scale, softcap=softcap)
@@ -80,9 +88,9 @@ def test_eight_bit_gradients(after_forward, bias, scale, softcap):
     linear = eight_bit_linear(bias=bias is not None)
     codes, scales = linear.weight.data.clone(), linear.weight.SCB.clone()
     if after_forward:  # bitsandbytes then keeps codes and scales in `state`
-        linear(torch.randn(2, D))
+        linear(placed(torch.randn(2, D)))
     if bias is not None:
-        linear.bias = nn.Parameter(torch.randn(V, dtype=torch.float64), requires_grad=bias)
+        linear.bias = nn.Parameter(leaf(V, grad=False), requires_grad=bias)
     weight = codes.double() * (scales[:, None] * (1 / 127)).double()
     head = as_head(linear, scale=scale, softcap=softcap)
     assert isinstance(head, EightBitHead)
@@ -122,30 +130,16 @@ def test_any_compute_dtype_serves_a_quantised_head():
     torch.testing.assert_close(linear_logps(hidden, linear, labels), gather_logps(logits, labels))
 
 
-def test_a_reloaded_checkpoint_gives_the_same_bits():
+def test_a_reloaded_checkpoint_gives_the_same_bits(device):
     linear = four_bit_linear(bias=True)
     state = {k: v.clone() for k, v in linear.state_dict().items()}
     other = bnb.nn.Linear4bit(D, V, quant_type="nf4")
     other.weight = bnb.nn.Params4bit.from_prequantized(
         state["weight"],
         {k: v for k, v in state.items() if k.startswith("weight.")},
-        device="cpu",
+        device=device,
         module=other,
     )
     assert torch.equal(
         as_head(other).block(0, V, torch.float32), as_head(linear).block(0, V, torch.float32)
     )
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("make", [four_bit_linear, eight_bit_linear])
-def test_quantised_heads_on_a_gpu_equal_those_on_the_cpu(make):
-    linear = make()
-    want = as_head(linear).block(3, 290, torch.float32)
-    got = as_head(linear.to("cuda")).block(3, 290, torch.float32)
-    assert torch.equal(got.cpu(), want)
-    hidden, labels, g = problem(torch.bfloat16)
-    on_gpu = hidden.detach().cuda().requires_grad_()
-    grads = results(linear_logps(on_gpu, linear, labels.cuda()), g.cuda(), [on_gpu])
-    assert all(torch.isfinite(x).all() for x in grads)

@@ -1,4 +1,4 @@
-"""Heads spread over two gloo processes (FSDP2, vocabulary-parallel), ZeRO-3 with a stand-in.
+"""Heads spread over two processes (FSDP2, vocabulary-parallel), ZeRO-3 by its hooks.
 
 Each scenario is a function run by both ranks; what it asserts, it asserts on each.
 """
@@ -15,11 +15,19 @@ from head_cases import (
     assert_exact,
     check_exact,
     gather_logps,
+    leaf,
     naive_logits,
     problem,
     results,
 )
-from head_ranks import adapters_and_four_bit, fsdp_own_unit, run, vocab_parallel
+from head_ranks import (
+    fsdp_four_bit,
+    fsdp_lora,
+    fsdp_own_unit,
+    run,
+    vocab_parallel,
+    vocab_parallel_four_bit,
+)
 from torch import nn
 
 from dilkern import linear_logps
@@ -27,21 +35,23 @@ from dilkern.lm_head import DenseHead, VocabParallelHead
 
 
 @pytest.mark.parametrize("scenario", [fsdp_own_unit, vocab_parallel])
-def test_two_processes(scenario, tmp_path):
-    run(scenario, tmp_path)
+def test_two_processes(scenario, tmp_path, device):
+    # FSDP needs NCCL on GPUs, and NCCL a GPU for each process: one process there.
+    run(scenario, tmp_path, device, 1 if device == "cuda" and scenario is fsdp_own_unit else 2)
 
 
 @pytest.mark.slow
-def test_two_processes_with_peft_and_bitsandbytes(tmp_path):
-    pytest.importorskip("peft")
-    pytest.importorskip("bitsandbytes")
-    run(adapters_and_four_bit, tmp_path)
+@pytest.mark.parametrize("scenario", [fsdp_lora, fsdp_four_bit, vocab_parallel_four_bit])
+def test_two_processes_with_peft_and_bitsandbytes(scenario, tmp_path, device):
+    pytest.importorskip("peft" if scenario is fsdp_lora else "bitsandbytes")
+    one = device == "cuda" and scenario is not vocab_parallel_four_bit
+    run(scenario, tmp_path, device, 1 if one else 2)
 
 
-def test_vocabulary_parallel_group_of_one(tmp_path):
+def test_vocabulary_parallel_group_of_one(tmp_path, device):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        weight = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
+        weight = leaf(V, D)
         check_exact(VocabParallelHead(DenseHead(weight)), lambda: (weight, None), [weight])
     finally:
         dist.destroy_process_group()
@@ -52,54 +62,65 @@ def test_vocabulary_parallel_needs_a_process_group():
         VocabParallelHead(DenseHead(torch.randn(V, D)))
 
 
-class _GatheredParameters:
-    """A stand-in for deepspeed.zero.GatheredParameters: `.data` is whole inside, empty outside."""
+class _Zero3:
+    """What ZeRO-3 does to a module: parameters are whole only inside its hooks, empty outside.
 
-    open = 0
+    The real thing is tested in test_zero3.py, where DeepSpeed is installed.
+    """
 
-    def __init__(self, params):
-        self.params = params
+    def __init__(self):
+        self.external, self.gathered = [], 0
 
-    def __enter__(self):
-        type(self).open += 1
-        for p in self.params:
-            p.data = p.ds_whole
+    def register_external_parameter(self, module, parameter):
+        if not any(parameter is p for p in self.external):
+            self.external.append(parameter)
 
-    def __exit__(self, *error):
-        for p in self.params:
-            p.data = torch.empty(0, dtype=p.dtype)
+    def shard(self, module):
+        for number, p in enumerate(module.parameters()):
+            p.ds_id, p.ds_shape, p.ds_whole = number, p.shape, p.data
+            p.data = p.data.new_empty(0)
+        module.ds_id = 0
+        own = list(module.parameters(recurse=False))
 
+        def gather(*call):
+            self.gathered += 1
+            for p in (*own, *self.external):
+                p.data = p.ds_whole
 
-def _partition(p):
-    p.ds_id, p.ds_whole = 0, p.data
-    p.data = torch.empty(0, dtype=p.dtype)
+        def release(*call):
+            for p in (*own, *self.external):
+                p.data = p.data.new_empty(0)
+
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(release)
+        module.register_full_backward_pre_hook(gather)
+        module.register_full_backward_hook(release)
 
 
 @pytest.fixture
-def fake_deepspeed(monkeypatch):
-    zero = types.SimpleNamespace(GatheredParameters=_GatheredParameters)
+def zero3(monkeypatch):
+    zero = _Zero3()
     monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(zero=zero))
-    monkeypatch.setattr(_GatheredParameters, "open", 0)
+    return zero
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_zero3_parameters_are_gathered_in_forward_and_backward(fake_deepspeed, train):
+def test_zero3_parameters_are_gathered_in_forward_and_backward(zero3, train):
     linear = nn.Linear(D, V).double().requires_grad_(train)
     plain = [p.detach().clone().requires_grad_() for p in linear.parameters()]
-    for p in linear.parameters():
-        _partition(p)
+    zero3.shard(linear)
     hidden, labels, g = problem()
     params = list(linear.parameters()) if train else []
     logps = linear_logps(hidden, linear, labels)
-    assert linear.weight.numel() == 0 and _GatheredParameters.open == 1
-    got = results(logps, g, [hidden, *params])
-    assert linear.weight.numel() == 0 and _GatheredParameters.open == (2 if train else 1)
+    assert linear.weight.numel() == 0 and zero3.gathered == 1 and "forward" not in vars(linear)
+    (logps * g).sum().backward()  # onto the parameters themselves, which must be whole for that
+    assert linear.weight.numel() == 0
     logits = naive_logits(hidden, *plain, 1.0, 0.0)
     want = results(gather_logps(logits, labels), g, [hidden, *(plain if train else [])])
-    assert_exact(got, want)
+    assert_exact([logps.detach(), hidden.grad, *(p.grad for p in params)], want)
 
 
-def test_zero3_with_lora(fake_deepspeed):
+def test_zero3_with_lora(zero3):
     peft = pytest.importorskip("peft")
     linear = nn.Linear(D, V, bias=False).double()
     config = peft.LoraConfig(r=4, target_modules=["lm_head"])
@@ -109,10 +130,19 @@ def test_zero3_with_lora(fake_deepspeed):
     for p in params:
         p.data = torch.randn(p.shape, dtype=torch.float64)
     weight, plain = linear.weight.detach().clone(), [p.detach().clone() for p in params]
-    for p in layer.parameters():
-        _partition(p)
+    zero3.shard(layer)
     hidden, labels, g = problem()
-    got = results(linear_logps(hidden, layer, labels), g, [hidden, *params])
+    logps = linear_logps(hidden, layer, labels)
+    (logps * g).sum().backward()
     a, b = (p.requires_grad_() for p in plain)
-    logps = gather_logps(hidden @ (weight + layer.scaling["default"] * b @ a).T, labels)
-    assert_exact(got, results(logps, g, [hidden, a, b]))
+    full = gather_logps(hidden @ (weight + layer.scaling["default"] * b @ a).T, labels)
+    want = results(full, g, [hidden, a, b])
+    assert_exact([logps.detach(), hidden.grad, *(p.grad for p in params)], want)
+
+
+def test_zero3_weights_without_their_module_are_refused(zero3):
+    linear = nn.Linear(D, V).double()
+    zero3.shard(linear)
+    hidden, labels, _ = problem()
+    with pytest.raises(ValueError, match=r"shape \(0,\) in place of \(301, 64\).*the module"):
+        linear_logps(hidden, linear.weight, labels)
