@@ -256,10 +256,15 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             processing_class = AutoProcessor.from_pretrained(name, **_source(args))
             kwargs["processing_class"] = processing_class
-        if processing_class.pad_token is None:
-            processing_class.pad_token = processing_class.eos_token
+        pad_token = args.pad_token or processing_class.pad_token or processing_class.eos_token
+        if pad_token not in processing_class.get_vocab():
+            reject("`pad_token` must be in the vocabulary", repr(pad_token), "Name another token.")
+        processing_class.pad_token = pad_token
         return UnpairedCollator(
-            processing_class.pad_token_id, args.max_length, args.pad_to_multiple_of
+            processing_class.pad_token_id,
+            args.max_length,
+            args.truncation_mode,
+            args.pad_to_multiple_of,
         )
 
     @property
@@ -375,7 +380,9 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _kl_log_ratios(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Score mismatched pairs under policy and reference, for KTO's baseline; all ranks' values."""
-        rotated = mismatched(inputs, self._tokenizer.pad_token_id, self.args.max_length)
+        rotated = mismatched(
+            inputs, self._tokenizer.pad_token_id, self.args.max_length, self.args.truncation_mode
+        )
         labels = labels_of(rotated)
         with torch.no_grad():
             logps = self._score(model, rotated, labels).token_logps
