@@ -24,6 +24,13 @@ def _padded(rows: list[Tensor], value: int, multiple: int | None = None) -> Tens
     return batch
 
 
+def _cut(row: Tensor, max_length: int | None, truncation_mode: str) -> Tensor:
+    """Keep the first ("keep_start") or last ("keep_end") max_length ids of a row."""
+    if max_length is None or len(row) <= max_length:
+        return row
+    return row[:max_length] if truncation_mode == "keep_start" else row[-max_length:]
+
+
 @dataclass
 class PreferenceCollator:
     """Turn rows of prompt, chosen, rejected into one padded batch, chosen first.
@@ -89,12 +96,14 @@ class UnpairedCollator:
 
     Args:
         pad_token_id: id used for padding.
-        max_length: longer sequences lose their end.
+        max_length: longer sequences are cut.
+        truncation_mode: keep_start or keep_end, which end of them stays.
         pad_to_multiple_of: pad to a multiple of this.
     """
 
     pad_token_id: int
     max_length: int | None = None
+    truncation_mode: str = "keep_start"
     pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -106,7 +115,8 @@ class UnpairedCollator:
         ]
 
         def padded(tensors: list[Tensor], value: int) -> Tensor:
-            return _padded([t[: self.max_length] for t in tensors], value, self.pad_to_multiple_of)
+            cut = [_cut(t, self.max_length, self.truncation_mode) for t in tensors]
+            return _padded(cut, value, self.pad_to_multiple_of)
 
         return {
             "input_ids": padded(rows, self.pad_token_id),
@@ -117,7 +127,7 @@ class UnpairedCollator:
 
 
 def mismatched(
-    inputs: dict[str, Any], pad_token_id: int, max_length: int | None
+    inputs: dict[str, Any], pad_token_id: int, max_length: int | None, truncation_mode: str
 ) -> dict[str, Tensor]:
     """Pair each prompt with the completion of the next row: KTO's mismatched pairs."""
     ids, completion = inputs["input_ids"], inputs["completion_mask"] == 1
@@ -126,8 +136,9 @@ def mismatched(
     rows, masks = [], []
     for i in range(size):
         head, tail = ids[i][prompt[i]], ids[(i + 1) % size][completion[(i + 1) % size]]
-        rows.append(torch.cat([head, tail])[:max_length])
-        masks.append(torch.cat([torch.zeros_like(head), torch.ones_like(tail)])[:max_length])
+        mask = torch.cat([torch.zeros_like(head), torch.ones_like(tail)])
+        rows.append(_cut(torch.cat([head, tail]), max_length, truncation_mode))
+        masks.append(_cut(mask, max_length, truncation_mode))
     return {
         "input_ids": _padded(rows, pad_token_id),
         "attention_mask": _padded([torch.ones_like(row) for row in rows], 0),

@@ -92,9 +92,10 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
     """TRL's `DPOTrainer` with the losses of dilkern and its memory.
 
     Everything that `DPOTrainer` takes works here: full, LoRA and QLoRA training, evaluation, resume,
-    precomputed reference log-probs. Unpaired datasets (columns prompt, completion, label) work with
-    pointwise losses: chosen and rejected are each averaged over their own count of the batch of all
-    ranks; a batch without one kind has that term 0.
+    precomputed reference log-probs; and so do adapters on the lm_head and padding_free. Unpaired
+    datasets (columns prompt, completion, label) work with pointwise losses: chosen and rejected are
+    each averaged over their own count of the batch of all ranks; a batch without one kind has that
+    term 0.
 
     Args:
         model, ref_model, **kwargs: as `DPOTrainer`. Losses without a reference load none. A dataset
@@ -148,9 +149,9 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             else model.config
         )
         self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if kwargs.get("peft_config") is not None and isinstance(model, str):
+        loads = kwargs.get("peft_config") is not None and isinstance(model, str)
+        if loads:
             model = self._load(model, args, kwargs)
-            args.model_init_kwargs = None  # used up; the parent warns that it ignores them
         if self._unpaired and kwargs.get("data_collator") is None:
             kwargs["data_collator"] = self._unpaired_collator(model, args, kwargs)
         if not self._needs_reference:
@@ -160,6 +161,8 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         if not isinstance(model, str):
             self._until_installed.enter_context(_head_without_adapter(model))
         args.padding_free = False  # the parent warns that it cannot; we can
+        if loads:
+            args.model_init_kwargs = None  # used up; the parent would warn that it ignores them
         try:
             super().__init__(model, ref_model=ref_model, args=args, **kwargs)
         finally:
@@ -170,10 +173,9 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         self._install(self.model)
         head = unwrap(self.model).get_output_embeddings()
         if not any(p.device.type == "meta" for p in head.parameters()):
+            # As every step finds it: dropout of an adapter on it is refused here, not at the first.
             mode = head.training
-            as_head(
-                head.train()
-            )  # dropout of an adapter on it is refused here, not at the first step
+            as_head(head.train())
             head.train(mode)
 
     @staticmethod
@@ -256,10 +258,15 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             processing_class = AutoProcessor.from_pretrained(name, **_source(args))
             kwargs["processing_class"] = processing_class
-        if processing_class.pad_token is None:
-            processing_class.pad_token = processing_class.eos_token
+        pad_token = args.pad_token or processing_class.pad_token or processing_class.eos_token
+        if pad_token not in processing_class.get_vocab():
+            reject("`pad_token` must be in the vocabulary", repr(pad_token), "Name another token.")
+        processing_class.pad_token = pad_token
         return UnpairedCollator(
-            processing_class.pad_token_id, args.max_length, args.pad_to_multiple_of
+            processing_class.pad_token_id,
+            args.max_length,
+            args.truncation_mode,
+            args.pad_to_multiple_of,
         )
 
     @property
@@ -375,7 +382,9 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _kl_log_ratios(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Score mismatched pairs under policy and reference, for KTO's baseline; all ranks' values."""
-        rotated = mismatched(inputs, self._tokenizer.pad_token_id, self.args.max_length)
+        rotated = mismatched(
+            inputs, self._tokenizer.pad_token_id, self.args.max_length, self.args.truncation_mode
+        )
         labels = labels_of(rotated)
         with torch.no_grad():
             logps = self._score(model, rotated, labels).token_logps

@@ -99,8 +99,11 @@ def test_a_pretrained_adapter_on_the_head_is_its_own_reference(quick):
     assert losses(quick(model, max_steps=1)) == [pytest.approx(-0.5, abs=1e-6)]
 
 
-def test_the_model_keeps_its_own_methods(quick):
-    trainer = quick(init={"peft_config": adapter()})
+def test_model_and_arguments_are_left_as_they_were(quick):
+    options = {"attn_implementation": "eager"}
+    trainer = quick(init={"peft_config": adapter()}, model_init_kwargs=options)
+    assert trainer.args.model_init_kwargs == options
+    assert trainer.model.config._attn_implementation == "eager"
     causal = trainer.model.get_base_model()
     assert "get_output_embeddings" not in vars(causal)
     assert hasattr(causal.get_output_embeddings(), "lora_A")

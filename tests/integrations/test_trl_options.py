@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny_models as tiny
+import torch
 from datasets import Dataset
 from training_runs import COMMON, losses
 from trl import DPOConfig
@@ -82,6 +83,28 @@ def test_sequences_beyond_the_positions_of_the_model_are_refused(quick):
         with pytest.raises(ValueError, match=r"row 3 .tokenized.*256 positions.*max_length=256"):
             quick(data=data, max_length=max_length)
     assert len(losses(quick(data=data, max_length=256, max_steps=1))) == 1
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_unpaired_batches_are_cut_and_padded_as_trl_does(quick, mode):
+    options = {"max_length": 20, "truncation_mode": mode, "pad_to_multiple_of": 8}
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": True}
+        for row in tiny.pairs(3)
+    ]
+    same = [{**row, "rejected": row["chosen"]} for row in tiny.pairs(3)]
+    batches = []
+    for data in (rows, same):
+        trainer = quick(data=Dataset.from_list(data), loss_type="ukl", **options)
+        batches.append(trainer.data_collator([trainer.train_dataset[i] for i in range(3)]))
+    have, want = batches
+    for name in ("input_ids", "attention_mask", "completion_mask"):
+        assert torch.equal(have[name], want[name][:3]), name
+    assert have["completion_mask"].any()
+    assert have["input_ids"].shape == (3, 24)
+    quick(data=tiny.unpaired(4), loss_type="kto", max_steps=1, **options).train()
+    with pytest.raises(ValueError, match="pad_token"):
+        quick(data=tiny.unpaired(4), pad_token="<none>")
 
 
 def test_loss_parameters_arrive(quick, tmp_path):
