@@ -12,6 +12,7 @@ from head_cases import (
     T,
     V,
     assert_exact,
+    eight_bit_linear,
     four_bit_linear,
     gather_logps,
     leaf,
@@ -114,7 +115,7 @@ def fsdp_lora(rank):
     assert_exact(got, averaged(rank, naive))
 
 
-def fsdp_four_bit(rank):
+def fsdp_quantised(rank):
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
@@ -125,6 +126,10 @@ def fsdp_four_bit(rank):
     head = as_head(linear)
     assert torch.equal(head.block(0, 300, torch.float32), want)
     assert torch.equal(head.bias(), bias)
+    linear = eight_bit_linear()
+    fully_shard(linear)
+    with pytest.raises(ValueError, match=r"Linear8bitLt without SCB. FSDP2 loses them"):
+        as_head(linear)
 
 
 def vocab_parallel_four_bit(rank):
