@@ -12,6 +12,7 @@ from head_cases import (
     T,
     V,
     assert_exact,
+    eight_bit_linear,
     four_bit_linear,
     gather_logps,
     leaf,
@@ -21,6 +22,8 @@ from head_cases import (
     results,
 )
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from dilkern import linear_logps
 from dilkern.lm_head import Adapter, DenseHead, LoRAHead, VocabParallelHead, as_head
@@ -50,6 +53,11 @@ def rank_problem(rank):
     return problem()
 
 
+def shard(module):
+    """FSDP2 over all ranks; without a mesh it would take a GPU wherever there is one."""
+    fully_shard(module, mesh=init_device_mesh(head_cases.DEVICE, (dist.get_world_size(),)))
+
+
 def averaged(rank, make):
     """The mean over the ranks of `make(problem of that rank)`, computed here without any shard."""
     parts = [make(*rank_problem(r)) for r in range(dist.get_world_size())]
@@ -62,12 +70,10 @@ def fsdp_own_unit(rank):
 
 
 def _fsdp_own_unit(rank, train):
-    from torch.distributed.fsdp import fully_shard
-
     torch.manual_seed(0)
     linear = placed(nn.Linear(D, V).double()).requires_grad_(train)
     plain = [p.detach().clone().requires_grad_() for p in linear.parameters()]
-    fully_shard(linear)
+    shard(linear)
     assert type(linear.weight).__name__ == "DTensor"
     hidden, labels, g = rank_problem(rank)
     (linear_logps(hidden, linear, labels) * g).sum().backward()
@@ -86,7 +92,6 @@ def _fsdp_own_unit(rank, train):
 
 def fsdp_lora(rank):
     import peft
-    from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
     linear = placed(nn.Linear(D, V, bias=False).double())
@@ -99,7 +104,7 @@ def fsdp_lora(rank):
         p.data = leaf(*p.shape, grad=False)
     weight = linear.weight.detach().clone()
     plain = [p.detach().clone().requires_grad_() for p in adapters]
-    fully_shard(layer)
+    shard(layer)
     assert isinstance(as_head(layer), LoRAHead)
     hidden, labels, g = rank_problem(rank)
     (linear_logps(hidden, layer, labels) * g).sum().backward()
@@ -114,17 +119,19 @@ def fsdp_lora(rank):
     assert_exact(got, averaged(rank, naive))
 
 
-def fsdp_four_bit(rank):
-    from torch.distributed.fsdp import fully_shard
-
+def fsdp_quantised(rank):
     torch.manual_seed(0)
     linear = four_bit_linear(300, storage=torch.float32, bias=True)
     want, bias = as_head(linear).block(0, 300, torch.float32), linear.bias.detach().clone()
-    fully_shard(linear)
+    shard(linear)
     assert type(linear.weight).__name__ == type(linear.bias).__name__ == "DTensor"
     head = as_head(linear)
     assert torch.equal(head.block(0, 300, torch.float32), want)
     assert torch.equal(head.bias(), bias)
+    linear = eight_bit_linear()
+    shard(linear)
+    with pytest.raises(ValueError, match=r"Linear8bitLt without SCB. FSDP2 loses them"):
+        as_head(linear)
 
 
 def vocab_parallel_four_bit(rank):

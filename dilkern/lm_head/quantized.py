@@ -267,7 +267,8 @@ def eight_bit_head(module: Any, **transforms: float) -> EightBitHead:
     """Read a `bitsandbytes.nn.Linear8bitLt` as it stands.
 
     Raises:
-        ValueError: not yet quantised, or quantised anew at every step (`has_fp16_weights`).
+        ValueError: not yet quantised, quantised anew at every step (`has_fp16_weights`), or without
+            its scales.
     """
     name = name_of(module)
     weight, state = module.weight, module.state
@@ -280,11 +281,18 @@ def eight_bit_head(module: Any, **transforms: float) -> EightBitHead:
     # bitsandbytes moves both from the weight to the state in the first forward.
     codes = whole(weight).data if state.CB is None else state.CB
     scales = getattr(weight, "SCB", None) if state.SCB is None else state.SCB
-    if codes.dtype is not torch.int8 or scales is None:
+    if codes.dtype is not torch.int8:
         reject(
             "an 8-bit lm_head must be quantised before it is used",
             f"{name} with a weight of {codes.dtype}",
             "Move it to its device first: `module.to('cuda')` or `.to('cpu')` quantises it.",
+        )
+    if scales is None:
+        reject(
+            "an 8-bit lm_head must have the scales of its rows",
+            f"{name} without SCB",
+            "FSDP2 loses them when it shards the weight: leave the lm_head out (`ignored_params`), or "
+            "load it in 4 bits.",
         )
     bias = None if module.bias is None else whole(module.bias)
     return EightBitHead(codes, scales, bias, **transforms)

@@ -113,6 +113,32 @@ def test_16_bit_models_are_recognised(family, dtype):
     assert (head.scale, head.softcap) == FAMILIES[family][1:]
 
 
+VISION = {"hidden_size": 32, "intermediate_size": 32}
+COMPOSITE = {
+    "gemma3": (
+        {},
+        {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+    ),
+    "qwen2_5_vl": (
+        {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]}},
+        {"depth": 1, "num_heads": 2, "out_hidden_size": 64},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", COMPOSITE)
+def test_the_head_of_a_vision_language_model(family):
+    text, vision = COMPOSITE[family]
+    config = transformers.AutoConfig.for_model(
+        family, text_config=SIZES | text, vision_config=VISION | vision
+    )
+    model = placed(transformers.AutoModelForImageTextToText.from_config(config))
+    model.get_output_embeddings().weight.data.normal_(std=0.5)
+    ids = some_ids()
+    got = head_logps(model, model.base_model, LMHead.from_model(model), ids)
+    torch.testing.assert_close(got, model_logps(model, ids), atol=1e-4, rtol=1e-4)
+
+
 def test_close_candidates_are_told_apart_by_the_smaller_error():
     model = tiny("granite", logits_scaling=1.02).to(torch.bfloat16)
     assert LMHead.from_model(model).scale == 1 / 1.02

@@ -21,9 +21,9 @@ from head_cases import (
     results,
 )
 from head_ranks import (
-    fsdp_four_bit,
     fsdp_lora,
     fsdp_own_unit,
+    fsdp_quantised,
     run,
     vocab_parallel,
     vocab_parallel_four_bit,
@@ -41,7 +41,7 @@ def test_two_processes(scenario, tmp_path, device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", [fsdp_lora, fsdp_four_bit, vocab_parallel_four_bit])
+@pytest.mark.parametrize("scenario", [fsdp_lora, fsdp_quantised, vocab_parallel_four_bit])
 def test_two_processes_with_peft_and_bitsandbytes(scenario, tmp_path, device):
     pytest.importorskip("peft" if scenario is fsdp_lora else "bitsandbytes")
     one = device == "cuda" and scenario is not vocab_parallel_four_bit
