@@ -35,7 +35,8 @@ from dilkern.integrations.transformers import (
     sequence_terms,
 )
 from dilkern.integrations.trl_config import DILConfig
-from dilkern.lm_head.modules import as_head, unwrap
+from dilkern.lm_head import absent, as_head
+from dilkern.lm_head.modules import unwrap
 from dilkern.losses import Loss, get_loss
 from dilkern.sequence_loss import PreferenceLossOutput, preference_loss, preference_metrics
 from dilkern.validation import reject
@@ -172,7 +173,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             self.ref_model = None
         self._install(self.model)
         head = unwrap(self.model).get_output_embeddings()
-        if not any(p.device.type == "meta" for p in head.parameters()):
+        if not absent(head):
             # As every step finds it: dropout of an adapter on it is refused here, not at the first.
             mode = head.training
             as_head(head.train())
