@@ -36,13 +36,14 @@ class Verdict(NamedTuple):
 
 
 def memory_bound(row: Row) -> float:
-    """MiB: the workspace, 12 bytes per token and D (u, the gradient, and their product in fp32),
-    and the head's gradient."""
+    """MiB: the workspace, and beside it u, the gradient and their product in fp32 (12 bytes per token
+    and D), and the gradient of a dense head.
+    """
     cells = int(row["tokens"]) * int(row["hidden"])
     bound = float(row["workspace_mib"]) * MIB
     if row["mode"] != "score":
         bound += 12 * cells
-    if row["mode"] == "trainable":
+    if row["mode"] == "trainable" and row.get("kind", "dense") == "dense":
         bound += int(row["vocab"]) * int(row["hidden"]) * (4 if row["dtype"] == "float32" else 2)
     return bound / MIB
 

@@ -281,6 +281,7 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
+    found["torch"] = torch.__version__  # with its build, which the metadata may not have
     if found["dilkern"] == "not installed":  # run from a checkout
         import dilkern
 

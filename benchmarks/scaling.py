@@ -23,6 +23,7 @@ from benchmarks import environment
 from benchmarks.cases import Case
 from benchmarks.measure import Plan, TruthCache, measure_group
 from benchmarks.peers import select
+from benchmarks.plot import label_points
 from benchmarks.run import append_rows, read_rows
 
 matplotlib.use("Agg")
@@ -137,6 +138,7 @@ def picture(rows: list[dict[str, Any]], fits: list[dict[str, Any]], path: Path) 
                 axes[place, column].loglog(x, [float(r[value]) for r in mine], "o-", label=label)
         for place, unit in ((0, "forward + backward, ms (min)"), (1, "peak above inputs, MiB")):
             axes[place, column].set(xlabel=axis, ylabel=unit)
+            label_points(axes[place, column], x)
             axes[place, column].legend(fontsize=7)
             axes[place, column].grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=130)
