@@ -78,9 +78,12 @@ def table(rows: list[Row]) -> str:
         ranked = sorted(measured(rows_of_case), key=lambda row: float(row["total_ms"]))
         for row in ranked:
             lines.append(_line(row))
+        without: dict[str, list[str]] = {}
         for row in rows_of_case:
             if row["status"] != "ok":
-                lines.append(f"| {row['peer']} | {row['status']}: {row['reason']} | | | | | | | |")
+                without.setdefault(f"{row['status']}: {row['reason']}", []).append(row["peer"])
+        for reason, names in without.items():
+            lines.append(f"| {', '.join(names)} | {reason} | | | | | | | |")
         lines.append("")
     return "\n".join(lines)
 
