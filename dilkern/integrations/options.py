@@ -14,6 +14,8 @@ def loss_params(items: list[str]) -> dict[str, float]:
     params = {}
     for item in items:
         name, _, value = item.partition("=")
+        if name in params:
+            reject("--loss-param must name each parameter once", repr(item), "Drop one of them.")
         try:
             params[name] = float(value)
         except ValueError:
@@ -70,6 +72,12 @@ def lora(rank: int, alpha: int | None, dropout: float, targets: list[str]) -> An
     if rank < 0:
         reject("--lora-r must be >= 0", str(rank), "0 trains all weights.")
     if rank == 0:
+        if alpha is not None or dropout or targets != ["all-linear"]:
+            reject(
+                "--lora-alpha, --lora-dropout and --lora-target need an adapter",
+                "--lora-r 0",
+                "Give a rank, e.g. --lora-r 16, or drop them.",
+            )
         return None
     if "all-linear" in targets and len(targets) > 1:
         reject(

@@ -98,6 +98,9 @@ def test_flags_and_yaml_mean_the_same(folder, data, tmp_path):
     assert log["target_modules"] == ["q_proj"], "one word for an option that takes several"
     for text, message in (
         ("modell: x", r"run.yaml: every key .* 'modell'. Rename it to 'model'"),
+        ("loer_r:", r"run.yaml: every key .* 'loer_r'. Rename it to 'lora_r'"),
+        ("lora_r:", "'lora_r' must have a value"),
+        ("max_log_ratio: null", "'none' in quotes"),
         ("model: [x", "must be a YAML file"),
         ("- model", "must map names"),
     ):
@@ -133,6 +136,22 @@ def test_options_work(folder, data, tmp_path, options):
     assert result.exit_code == 0, result.output
     if "save-steps" in options:
         assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_dropout_of_the_adapter_is_at_work(folder, data, tmp_path):
+    runs = {}
+    for dropout in (0.0, 0.5):
+        out = tmp_path / str(dropout)
+        train(*flags(folder, data, out, **{"lora-dropout": dropout, "learning-rate": 0.01}))
+        runs[dropout] = [e["loss"] for e in metrics(out) if "loss" in e]
+    assert runs[0.0] != runs[0.5]
+
+
+@pytest.mark.parametrize("name", ["batch-size", "gradient-accumulation", "logging-steps"])
+def test_counts_must_be_positive(folder, data, tmp_path, name):
+    result = train(*flags(folder, data, tmp_path / "out", **{name: 0}))
+    assert result.exit_code == 2
+    assert name in result.output
 
 
 def test_long_examples_are_counted(folder, tmp_path):
@@ -188,6 +207,11 @@ REFUSED = [
     ({"loss": "lsiff"}, "must be one of"),
     ({"loss-param": "lam"}, "NAME=NUMBER"),
     ({"loss-param": "lam=1"}, "parameters of loss 'lsif'"),
+    ({"loss": "power", "loss-param": ["lam=1", "lam=2"]}, "each parameter once"),
+    ({"learning-rate": 0}, "learning-rate"),
+    ({"epochs": 0}, "epochs"),
+    ({"eval-steps": 2}, "needs held-out data"),
+    ({"lora-r": 0, "lora-dropout": 0.1}, "need an adapter"),
     ({"max-length": 5000}, "256 positions"),
     ({"precision": "fp16"}, "needs a GPU"),
     ({"precision": "fp8"}, "precision"),
