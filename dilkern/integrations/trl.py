@@ -232,6 +232,12 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             )
         evals = kwargs.get("eval_dataset")
         for dataset in evals.values() if isinstance(evals, dict) else [evals]:
+            if given and dataset is not None and "ref_chosen_logps" not in next(iter(dataset)):
+                reject(
+                    "train and eval dataset must both bring reference log-probs, or neither",
+                    "ref_chosen_logps in the train dataset alone",
+                    "Add the columns to the eval dataset, or drop them.",
+                )
             if dataset is not None and _is_unpaired(dataset) != self._unpaired:
                 reject(
                     "train and eval dataset must both be paired or both unpaired",
