@@ -181,6 +181,8 @@ def train(
     from dilkern.integrations.trl import DILConfig, DILTrainer
 
     length = options.model_limits(model, max_length, trust_remote_code)
+    if ref_model is not None:
+        options.model_config(ref_model, trust_remote_code, option="--ref-model")
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     check_against_tokenizer(train_data, tokenizer, dataset)
     evaluate = eval_data is not None
@@ -296,8 +298,13 @@ def plan(
     """Predict memory for three loss heads, and the longest sequence that fits, from the config."""
     from dilkern.integrations.plan import Setting, read_shape, table
 
-    if vram <= reserve:
-        reject("--vram must be more than --reserve", f"{vram} and {reserve} GiB", "Raise --vram.")
+    check_positive("--workspace-mib", workspace_mib)
+    if not vram > reserve >= 0:
+        reject(
+            "--vram must be more than --reserve, and that not negative",
+            f"{vram} and {reserve} GiB",
+            "Correct one of them.",
+        )
     if load_in_4bit and lora_r == 0:
         reject("--load-in-4bit trains an adapter", "--lora-r 0", "Give a rank, e.g. --lora-r 16.")
     shape = read_shape(model, trust_remote_code=trust_remote_code)

@@ -33,18 +33,23 @@ def limit(text: str) -> float | None:
         reject("--max-log-ratio must be a number or 'none'", repr(text), "10 is the default.")
 
 
-def model_limits(model: str, max_length: int | None, trust_remote_code: bool) -> int:
-    """Return the sequence length to train with, at most what the model has positions for."""
+def model_config(model: str, trust_remote_code: bool, *, option: str = "--model") -> Any:
+    """Return the configuration of a folder or of a model of the hub."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except OSError as error:
         reject(
-            "--model must be a folder with a config.json or a model id of the hub",
+            f"{option} must be a folder with a config.json or a model id of the hub",
             f"{model}: {str(error).splitlines()[0].rstrip('.')}",
             "Check the path or id, the network, and HF_TOKEN for a gated model.",
         )
+
+
+def model_limits(model: str, max_length: int | None, trust_remote_code: bool) -> int:
+    """Return the sequence length to train with, at most what the model has positions for."""
+    config = model_config(model, trust_remote_code)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if max_length is None:
         return min(1024, positions or 1024)

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import tiny_models as tiny
+import transformers
 import yaml
 from typer.testing import CliRunner
 
@@ -225,6 +226,7 @@ REFUSED = [
     ({"report-to": "nowhere"}, "report_to. must be none, all, or among .*'nowhere'"),
     ({"lora-target": ["all-linear", "lm_head"]}, "stands alone"),
     ({"model": "none"}, "config.json or a model id"),
+    ({"ref-model": "none"}, "--ref-model must be a folder with a config.json"),
     ({"attn-implementation": "flash_attention_2"}, r"pip install 'dilkern\[flash\]'.*sdpa"),
     ({"ref-model": "x", "precompute-ref-log-probs": True}, "Drop one of them"),
     ({"eval-split": 0.1, "eval-dataset": "x"}, "from one place"),
@@ -347,6 +349,15 @@ def test_plan(folder, tmp_path):
             total_bytes(kind, shape, setting._replace(seq_len=n)) for n in (most, most + 1)
         )
         assert at <= 64 * 2**20 < beyond
+    transformers.T5Config().save_pretrained(tmp_path / "t5")
+    for words, message in (
+        (["--model", "none"], "--model must be a folder"),
+        (["--model", folder, "--workspace-mib", "-1"], "workspace-mib"),
+        (["--model", folder, "--reserve", "-1"], "reserve"),
+        (["--model", str(tmp_path / "t5")], "must be a causal LM.*T5Config"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CliRunner().invoke(app, ["plan", *words], catch_exceptions=False)
     result = CliRunner().invoke(app, ["plan", "--model", folder, "--seq-len", "512"])
     assert result.exit_code == 0, result.output
     assert [line.split()[0] for line in result.output.splitlines()[2:]] == [
@@ -354,6 +365,21 @@ def test_plan(folder, tmp_path):
         "trl",
         "dilkern",
     ]
+
+
+def test_plan_counts_the_layers_of_gpt2(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from dilkern.integrations.plan import read_shape
+
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64)
+    config.save_pretrained(tmp_path)
+    shape = read_shape(str(tmp_path))
+    lora = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=True)
+    adapted = get_peft_model(transformers.GPT2LMHeadModel(config), lora)
+    assert adapted.get_nb_trainable_parameters()[0] == 3 * shape.lora_per_rank
+    assert shape.linear == 2 * 12 * 32 * 32
+    assert shape.widest == (3 + 1 + 4 + 1) * 32
 
 
 def test_importing_dilkern_loads_no_trainer_library():
