@@ -91,8 +91,9 @@ def _is_unpaired(dataset: Any) -> bool:
 class DILTrainer(DPOTrainer):  # type: ignore[misc]
     """TRL's `DPOTrainer` with the losses of dilkern and its memory.
 
-    Everything that `DPOTrainer` takes works here: full, LoRA and QLoRA training, evaluation, resume,
-    precomputed reference log-probs; and so do adapters on the lm_head and padding_free. Unpaired
+    As in `DPOTrainer`: full, LoRA and QLoRA training, evaluation, resume, precomputed reference
+    log-probs; beyond it: adapters on the lm_head and padding_free. Options of `DPOConfig` that have
+    no meaning here are refused; docs/trainers.md lists what was run. Unpaired
     datasets (columns prompt, completion, label) work with pointwise losses: chosen and rejected are
     each averaged over their own count of the batch of all ranks; a batch without one kind has that
     term 0.
@@ -134,6 +135,16 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         dataset = kwargs.get("train_dataset")
         if dataset is None:
             reject("`train_dataset` is required", "none", "Pass a preference dataset.")
+        evals = kwargs.get("eval_dataset")
+        for name, data in (
+            ("train_dataset", dataset),
+            *(
+                ("eval_dataset", e)
+                for e in (evals.values() if isinstance(evals, dict) else [evals])
+            ),
+        ):
+            if data is not None and next(iter(data), None) is None:
+                reject(f"`{name}` must have at least one row", "none", "Pass another one.")
         entry = get_loss(args.loss_type)
         # Before the parent's __init__, which may call `compute_ref_log_probs`.
         self._loss: Loss = entry

@@ -54,6 +54,12 @@ def test_data_that_does_not_fit_raises(quick):
         quick(loss_type="simpo", init={"ref_model": tiny.build()})
     with pytest.raises(ValueError, match="must be a DILConfig"):
         quick(config=DPOConfig)
+    nothing = tiny.dataset(1).select([])
+    with pytest.raises(ValueError, match="`train_dataset` must have at least one row"):
+        quick(data=nothing)
+    for empty in (nothing, {"a": tiny.dataset(2), "b": nothing}):
+        with pytest.raises(ValueError, match="`eval_dataset` must have at least one row"):
+            quick(init={"eval_dataset": empty})
     with pytest.raises(ValueError, match="train_dataset"):
         DILTrainer(tiny.build(), args=DILConfig("unused", **COMMON))
 
