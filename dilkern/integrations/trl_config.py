@@ -108,6 +108,12 @@ class DILConfig(DPOConfig):  # type: ignore[misc]
                     "Use sft_weight to add the likelihood of the chosen completions.",
                 )
             loss_type = loss_type[0]
+        if not isinstance(loss_type, str):
+            reject(
+                "`loss_type` must be a name, which a saved configuration can hold",
+                type(loss_type).__name__,
+                "Enter a loss of your own first: dilkern.losses.LOSSES[loss.name] = loss.",
+            )
         entry = get_loss(loss_type, argument="loss_type")
         super().__post_init__()
         self.loss_type = entry.name

@@ -1,6 +1,7 @@
 """Options and data that do not fit are refused before anything is trained; the others arrive."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny_models as tiny
@@ -9,11 +10,13 @@ from datasets import Dataset
 from training_runs import COMMON, losses
 from trl import DPOConfig
 
+from dilkern import LOSSES
 from dilkern.integrations.trl import DILConfig, DILTrainer
 
 REFUSED = [
     ({"loss_type": "lsiff"}, "must be one of"),
     ({"loss_type": ["lsif", "sft"]}, "one loss"),
+    ({"loss_type": replace(LOSSES["bce"], beta=9.0)}, "must be a name.*received Loss"),
     ({"loss_weights": [1.0]}, "loss_weights"),
     ({"ld_alpha": 0.5}, "ld_alpha"),
     ({"f_divergence_type": "forward_kl"}, "fdpo_forward_kl"),
