@@ -302,11 +302,19 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             self._checked.add(id(model))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
-        if not {"chosen_ids", "completion_ids"} & set(next(iter(dataset))):
+        columns = set(next(iter(dataset)))
+        missing = {"prompt_ids", "completion_ids", "is_chosen"} - columns
+        if "completion_ids" in columns and missing:
+            reject(
+                f"{name} dataset: tokenized completions come as prompt_ids, completion_ids, is_chosen",
+                f"no {', '.join(sorted(missing))}",
+                "Add it, or pass prompt, completion and label as text.",
+            )
+        if "completion_ids" not in columns and not {"chosen", "chosen_ids"} <= columns:
             check_completions(dataset, f"{name} dataset")
         if not self._unpaired:
             prepared = super()._prepare_dataset(dataset, processing_class, args, name)
-        elif "completion_ids" in next(iter(dataset)):
+        elif not missing:
             prepared = dataset
         else:
             # One row as a pair of equals: tokenization has one implementation, the parent's.

@@ -57,6 +57,11 @@ def test_data_that_does_not_fit_raises(quick):
         quick(loss_type="simpo", init={"ref_model": tiny.build()})
     with pytest.raises(ValueError, match="must be a DILConfig"):
         quick(config=DPOConfig)
+    ids = {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]}
+    with pytest.raises(ValueError, match="train dataset, row 1: key 'chosen' is required"):
+        quick(data=Dataset.from_list([ids]))
+    with pytest.raises(ValueError, match=r"come as prompt_ids.*received no is_chosen"):
+        quick(data=Dataset.from_list([{"prompt_ids": [5], "completion_ids": [6]}]))
     nothing = tiny.dataset(1).select([])
     with pytest.raises(ValueError, match="`train_dataset` must have at least one row"):
         quick(data=nothing)
