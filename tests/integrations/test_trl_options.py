@@ -1,6 +1,7 @@
 """Options and data that do not fit are refused before anything is trained; the others arrive."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -119,6 +120,13 @@ def test_unpaired_batches_are_cut_and_padded_as_trl_does(quick, mode):
     quick(data=tiny.unpaired(4), loss_type="kto", max_steps=1, **options).train()
     with pytest.raises(ValueError, match="pad_token"):
         quick(data=tiny.unpaired(4), pad_token="<none>")
+
+
+def test_a_loss_of_nan_is_logged_as_it_is(quick):
+    data = tiny.dataset()
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        data = data.add_column(name, [float("nan")] * len(data))
+    assert all(math.isnan(loss) for loss in losses(quick(data=data)))
 
 
 def test_loss_parameters_arrive(quick, tmp_path):
