@@ -102,12 +102,18 @@ def _fraction(name: str, value: float, upper: float) -> None:
         reject(f"`{name}` must be in [0, {upper}]", repr(value), f"Pass e.g. {name}=0.1.")
 
 
-def check_per_sequence(num_sequences: int, **values: Tensor | None) -> None:
-    """Every given tensor has one value per sequence."""
+def check_per_sequence(num_sequences: int, device: torch.device, **values: Tensor | None) -> None:
+    """Every given tensor has one value per sequence, on one device."""
     for name, value in values.items():
         if value is None:
             continue
         check_tensor(name, value)
+        if value.device != device:
+            reject(
+                f"`{name}` must be on the device of the log-probs, {device}",
+                str(value.device),
+                f"Move it: `{name}.to({str(device)!r})`.",
+            )
         if value.shape != (num_sequences,):
             reject(
                 f"`{name}` must have the shape of `logps`, ({num_sequences},)",
@@ -360,7 +366,9 @@ def preference_loss(
             "Pass one sum of token log-probs per sequence.",
         )
     check_sequences(logps.shape[0], is_chosen, s.pairwise, entry.name)
-    check_per_sequence(logps.shape[0], lengths=lengths, log_ratios=log_ratios, weights=weights)
+    check_per_sequence(
+        logps.shape[0], logps.device, lengths=lengths, log_ratios=log_ratios, weights=weights
+    )
     if (log_ratios is not None) != entry.reference:
         reject(
             f"loss {entry.name!r} "

@@ -97,6 +97,14 @@ CU = torch.tensor([0, 6, 12, 18, 24])
         ({**REF, "h": "nope"}, r"`h` must be one of: bce, brier, kliep, lsif.*received 'nope'"),
         ({**REF, "beta": 0}, r"`beta` must be a number > 0"),
         ({**REF, "max_log_ratio": -1.0}, r"`max_log_ratio` must be a number > 0"),
+        (
+            {"ref_logps": torch.zeros(4, device="meta")},
+            r"`ref_logps` and `labels` must be on one dev",
+        ),
+        (
+            {**REF, "weights": torch.ones(4, device="meta")},
+            r"`weights` must be on the device of the log-probs, cpu; received meta",
+        ),
         ({**REF, "beta": float("inf")}, r"`beta` must be a number > 0 and finite; received inf"),
         (
             {**REF, "workspace_mib": float("inf")},
