@@ -38,10 +38,10 @@ def _first_labels_ignored(labels: Tensor, cu_seqlens: Tensor | None, ignore_inde
     labels = labels.clone()
     if cu_seqlens is None:
         labels[..., :1] = ignore_index
-    else:
+    elif labels.numel():
         starts = cu_seqlens[:-1].long()
         # The start of an empty last sequence is T, one past the end.
-        labels[starts.clamp(max=max(labels.numel() - 1, 0))] = torch.where(
+        labels[starts.clamp(max=labels.numel() - 1)] = torch.where(
             starts < labels.numel(), ignore_index, labels[starts.clamp(max=labels.numel() - 1)]
         )
     return labels
