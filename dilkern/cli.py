@@ -16,7 +16,7 @@ from dilkern import __version__
 from dilkern.backends.base import BACKENDS, why_not
 from dilkern.integrations import options
 from dilkern.losses import LOSSES, get_loss
-from dilkern.validation import reject
+from dilkern.validation import check_positive, reject
 
 try:
     import typer
@@ -50,15 +50,23 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
             f"{path}, a {type(values).__name__}",
             "Write lines such as `lora_r: 8`.",
         )
-    values = {str(key).replace("-", "_"): v for key, v in values.items() if v is not None}
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
     parameters = {str(parameter.name): parameter for parameter in context.command.params}
-    for key in values:
+    for key, value in values.items():
         if key not in parameters or key == "config":
             near = difflib.get_close_matches(key, parameters, 1)
             reject(
                 f"{path}: every key must be an option of `dilkern {context.info_name}`",
                 repr(key),
                 f"Rename it to {near[0]!r}." if near else "See --help for the options.",
+            )
+        if value is None and parameters[key].default is not None:
+            reject(
+                f"{path}: {key!r} must have a value",
+                "none",
+                "Write 'none' in quotes for no limit."
+                if key == "max_log_ratio"
+                else "Fill it in or delete the line.",
             )
     if isinstance(values.get("loss_param"), dict):
         values["loss_param"] = [f"{key}={value}" for key, value in values["loss_param"].items()]
@@ -100,7 +108,9 @@ def train(
     workspace_mib: Annotated[float, Option(help="Temporary memory of the loss head.")] = 256,
     lora_r: Annotated[int, Option(help="LoRA rank, 0 trains all weights.")] = 16,
     lora_alpha: Annotated[int | None, Option(help="Default: twice the rank.")] = None,
-    lora_dropout: Annotated[float, Option(help="Dropout of the adapter.")] = 0.0,
+    lora_dropout: Annotated[
+        float, Option(help="Dropout of the adapter; 0 turns the model's own off too.")
+    ] = 0.0,
     lora_target: Annotated[list[str], Option(help="Module names, or all-linear.")] = ["all-linear"],  # noqa: B006
     load_in_4bit: Annotated[bool, Option(help="NF4 base weights (QLoRA).")] = False,
     quantize_lm_head: Annotated[bool, Option(help="NF4 lm_head too.")] = False,
@@ -111,8 +121,8 @@ def train(
     cpu: Annotated[bool, Option(help="Do not use a GPU.")] = False,
     epochs: Annotated[float, Option(help="Passes over the data.")] = 1.0,
     max_steps: Annotated[int, Option(help="Overrides --epochs if > 0.")] = -1,
-    batch_size: Annotated[int, Option(help="Examples per device and step.")] = 4,
-    gradient_accumulation: Annotated[int, Option(help="Steps per update.")] = 1,
+    batch_size: Annotated[int, Option(min=1, help="Examples per device and step.")] = 4,
+    gradient_accumulation: Annotated[int, Option(min=1, help="Steps per update.")] = 1,
     learning_rate: Annotated[float | None, Option(help="Default: 1e-4 LoRA, 1e-6 full.")] = None,
     lr_scheduler: Annotated[str, Option(help="linear, cosine, constant, ...")] = "cosine",
     warmup: Annotated[float, Option(help="Steps, or below 1 a share of them.")] = 0.1,
@@ -121,9 +131,9 @@ def train(
     max_length: Annotated[int | None, Option(help="Default: 1024 or the model's.")] = None,
     padding_free: Annotated[bool, Option(help="One row without padding per step.")] = False,
     gradient_checkpointing: Annotated[bool, Option(help="Recompute activations.")] = True,
-    logging_steps: Annotated[int, Option(help="Updates between two logs.")] = 10,
-    eval_steps: Annotated[int, Option(help="Updates between evaluations; 0: epochs.")] = 0,
-    save_steps: Annotated[int, Option(help="Updates between checkpoints; 0: epochs.")] = 0,
+    logging_steps: Annotated[int, Option(min=1, help="Updates between two logs.")] = 10,
+    eval_steps: Annotated[int, Option(min=0, help="Updates between evaluations; 0: epochs.")] = 0,
+    save_steps: Annotated[int, Option(min=0, help="Updates between checkpoints; 0: epochs.")] = 0,
     save_total_limit: Annotated[int, Option(help="Checkpoints kept.")] = 2,
     resume: Annotated[bool, Option(help="Go on from the newest whole checkpoint.")] = False,
     report_to: Annotated[list[str], Option(help="tensorboard, wandb, trackio, ...")] = ["none"],  # noqa: B006
@@ -132,6 +142,11 @@ def train(
 ) -> None:
     """Preference-tune a causal LM; writes model or adapter, metrics and a plot to --output-dir."""
     entry = get_loss(loss, argument="--loss")
+    check_positive("--epochs", epochs)
+    if learning_rate is not None:
+        check_positive("--learning-rate", learning_rate)
+    if eval_steps and eval_dataset is None and not eval_split:
+        reject("--eval-steps needs held-out data", "none", "Add --eval-dataset or --eval-split.")
     params = options.loss_params(loss_param)
     if resume:
         from dilkern.integrations.run import latest_checkpoint
@@ -166,6 +181,8 @@ def train(
     from dilkern.integrations.trl import DILConfig, DILTrainer
 
     length = options.model_limits(model, max_length, trust_remote_code)
+    if ref_model is not None:
+        options.model_config(ref_model, trust_remote_code, option="--ref-model")
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     check_against_tokenizer(train_data, tokenizer, dataset)
     evaluate = eval_data is not None
@@ -198,7 +215,7 @@ def train(
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation,
-        learning_rate=learning_rate or (1e-4 if lora_r else 1e-6),
+        learning_rate=(1e-4 if lora_r else 1e-6) if learning_rate is None else learning_rate,
         lr_scheduler_type=lr_scheduler,
         warmup_steps=warmup,
         weight_decay=weight_decay,
@@ -206,6 +223,7 @@ def train(
         max_length=length,
         padding_free=padding_free,
         gradient_checkpointing=gradient_checkpointing,
+        disable_dropout=not lora_dropout,  # TRL's switch takes the adapter's away with the model's
         logging_steps=logging_steps,
         eval_strategy=("steps" if eval_steps else "epoch") if evaluate else "no",
         eval_steps=eval_steps or None,
@@ -280,8 +298,13 @@ def plan(
     """Predict memory for three loss heads, and the longest sequence that fits, from the config."""
     from dilkern.integrations.plan import Setting, read_shape, table
 
-    if vram <= reserve:
-        reject("--vram must be more than --reserve", f"{vram} and {reserve} GiB", "Raise --vram.")
+    check_positive("--workspace-mib", workspace_mib)
+    if not vram > reserve >= 0:
+        reject(
+            "--vram must be more than --reserve, and that not negative",
+            f"{vram} and {reserve} GiB",
+            "Correct one of them.",
+        )
     if load_in_4bit and lora_r == 0:
         reject("--load-in-4bit trains an adapter", "--lora-r 0", "Give a rank, e.g. --lora-r 16.")
     shape = read_shape(model, trust_remote_code=trust_remote_code)

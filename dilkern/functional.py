@@ -27,6 +27,7 @@ from dilkern.validation import (
     check_cu_seqlens,
     check_float,
     check_hidden_and_labels,
+    check_same_device,
     reject,
     shape_of,
 )
@@ -37,10 +38,10 @@ def _first_labels_ignored(labels: Tensor, cu_seqlens: Tensor | None, ignore_inde
     labels = labels.clone()
     if cu_seqlens is None:
         labels[..., :1] = ignore_index
-    else:
+    elif labels.numel():
         starts = cu_seqlens[:-1].long()
         # The start of an empty last sequence is T, one past the end.
-        labels[starts.clamp(max=max(labels.numel() - 1, 0))] = torch.where(
+        labels[starts.clamp(max=labels.numel() - 1)] = torch.where(
             starts < labels.numel(), ignore_index, labels[starts.clamp(max=labels.numel() - 1)]
         )
     return labels
@@ -86,6 +87,7 @@ def _check_reference(
         if value is None:
             continue
         check_float(name, value)
+        check_same_device(name, value, "labels", labels)
         if value.requires_grad:
             reject(
                 f"`{name}` must not require grad: the reference is a constant",
@@ -205,7 +207,7 @@ def fused_preference_loss(
         with torch.no_grad():
             ref_logps = score(ref_hidden_states, lm_head if ref_lm_head is None else ref_lm_head)
     if serves(settings, backend, token_logps) and kl_log_ratios is None:
-        check_per_sequence(num_sequences, weights=weights)
+        check_per_sequence(num_sequences, token_logps.device, weights=weights)
         return pointwise_loss(
             token_logps, scored, settings, cu_seqlens=cu_seqlens, ref_logps=ref_logps,
             is_chosen=is_chosen, weights=weights, counts=counts, strict=strict,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from dilkern.backends import base as backends
 from dilkern.lm_head import Head, as_head, call_held, rebuild
@@ -238,7 +239,7 @@ def linear_logps(
     Raises:
         ValueError: shapes, dtypes, devices that do not fit; a label outside [0, V); a backend that
             cannot run; a workspace too small for one token.
-        RuntimeError: on double backward.
+        RuntimeError: on double backward and under forward-mode differentiation.
 
     Numerics: logits, statistics and accumulation in fp32; same inputs, same bits, with or without
     gradient; NaN and Inf propagate. Two device syncs (which labels are scored, and their range).
@@ -280,6 +281,9 @@ def _score(
         if tensor.device.type != "cpu":
             check_same_device("lm_head", tensor, "hidden_states", hidden_states)
     hidden = head.project(hidden_states.to(_compute_dtype(hidden_states, head)))
+    # torch drops tangents at a custom op without a word.
+    if any(unpack_dual(tensor).tangent is not None for tensor in (hidden, *head.tensors())):
+        raise RuntimeError("dilkern.linear_logps has no forward-mode derivative: use backward.")
     if shift:
         labels = labels.clone()
         labels[..., :1] = ignore_index

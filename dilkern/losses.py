@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from dilkern import curves
 from dilkern.curves import Curve, Growth
-from dilkern.validation import reject
+from dilkern.validation import is_number, reject
 
 
 @dataclass(frozen=True)
@@ -388,6 +388,9 @@ def merge_params(entry: Loss, given: Mapping[str, Any] | None) -> dict[str, floa
             ", ".join(unknown),
             "Remove them; beta, label_smoothing and the like are arguments of their own.",
         )
+    for name, value in given.items():
+        if not is_number(value):
+            reject(f"`{name}` must be a finite number", repr(value), f"Pass e.g. {name}=1.0.")
     merged = {**entry.params, **{k: float(v) for k, v in given.items()}}
     for name, allowed, ok in (
         ("nu", "> 0", lambda v: v > 0),

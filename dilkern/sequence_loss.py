@@ -13,7 +13,14 @@ from torch import Tensor
 
 from dilkern.curves import Growth, beyond, extended, smoothed
 from dilkern.losses import Loss, get_loss, merge_params
-from dilkern.validation import check_positive, check_tensor, reject, shape_of
+from dilkern.validation import (
+    check_float,
+    check_positive,
+    check_tensor,
+    is_number,
+    reject,
+    shape_of,
+)
 
 
 class PreferenceLossOutput(NamedTuple):
@@ -91,14 +98,23 @@ def check_sequences(num_sequences: int, is_chosen: Any, pairwise: bool, name: st
 
 
 def _fraction(name: str, value: float, upper: float) -> None:
-    if not 0 <= value <= upper:
+    if not is_number(value) or not 0 <= value <= upper:
         reject(f"`{name}` must be in [0, {upper}]", repr(value), f"Pass e.g. {name}=0.1.")
 
 
-def check_per_sequence(num_sequences: int, **values: Tensor | None) -> None:
-    """Every given tensor has one value per sequence."""
+def check_per_sequence(num_sequences: int, device: torch.device, **values: Tensor | None) -> None:
+    """Every given tensor has one value per sequence, on one device."""
     for name, value in values.items():
-        if value is not None and value.shape != (num_sequences,):
+        if value is None:
+            continue
+        check_tensor(name, value)
+        if value.device != device:
+            reject(
+                f"`{name}` must be on the device of the log-probs, {device}",
+                str(value.device),
+                f"Move it: `{name}.to({str(device)!r})`.",
+            )
+        if value.shape != (num_sequences,):
             reject(
                 f"`{name}` must have the shape of `logps`, ({num_sequences},)",
                 shape_of(value),
@@ -183,8 +199,8 @@ def settle(
             f"label_smoothing={label_smoothing}, mixture={mixture}",
             "Set one of them to 0.",
         )
-    if sft_weight is not None and sft_weight < 0:
-        reject("`sft_weight` must be >= 0", repr(sft_weight), "Pass e.g. sft_weight=0.1.")
+    if sft_weight is not None and (not is_number(sft_weight) or sft_weight < 0):
+        reject("`sft_weight` must be a number >= 0", repr(sft_weight), "Pass e.g. sft_weight=0.1.")
     return Settings(
         entry,
         merged,
@@ -342,8 +358,17 @@ def preference_loss(
         sft_weight,
     )  # fmt: skip
     entry = s.entry
+    check_float("logps", logps)
+    if logps.dim() != 1:
+        reject(
+            "`logps` must have shape (S,)",
+            shape_of(logps),
+            "Pass one sum of token log-probs per sequence.",
+        )
     check_sequences(logps.shape[0], is_chosen, s.pairwise, entry.name)
-    check_per_sequence(logps.shape[0], lengths=lengths, log_ratios=log_ratios, weights=weights)
+    check_per_sequence(
+        logps.shape[0], logps.device, lengths=lengths, log_ratios=log_ratios, weights=weights
+    )
     if (log_ratios is not None) != entry.reference:
         reject(
             f"loss {entry.name!r} "
@@ -362,6 +387,8 @@ def preference_loss(
             if entry.baseline
             else "Remove it; it belongs to KTO.",
         )
+    if kl_log_ratios is not None:
+        check_tensor("kl_log_ratios", kl_log_ratios)
     base = logps if log_ratios is None else log_ratios
     valid = lengths > 0
     f = base / lengths.clamp(min=1) if s.length_normalize else base

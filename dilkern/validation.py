@@ -5,6 +5,7 @@ S sequences, L positions, T tokens (flat), D hidden size, V vocabulary size.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -116,9 +117,15 @@ def check_cu_seqlens(cu_seqlens: Any, labels: Tensor) -> None:
             )
 
 
+def is_number(value: Any) -> bool:
+    """Return whether `value` is a finite int or float."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) < math.inf
+
+
 def check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        reject(f"`{name}` must be a number > 0", repr(value), f"Pass e.g. {name}=1.0.")
+    if not is_number(value) or not value > 0:
+        reject(f"`{name}` must be a number > 0 and finite", repr(value), f"Pass e.g. {name}=1.0.")
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dilkern.validation import reject
+from dilkern.validation import is_number, reject
 
 PAIRED = ("prompt", "chosen", "rejected")
 UNPAIRED = ("prompt", "completion", "label")
-OPTIONAL = ("tools", "chat_template_kwargs", "ref_chosen_logps", "ref_rejected_logps")
-_KNOWN = {*PAIRED, *UNPAIRED, *OPTIONAL}
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+_KNOWN = {*PAIRED, *UNPAIRED, *REFERENCE, "tools", "chat_template_kwargs"}
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -133,6 +133,13 @@ def _check_keys(where: str, keys: set[str]) -> bool:
             f"the keys {', '.join(sorted(keys))}",
             "Keep the columns of one format.",
         )
+    brought = [key for key in REFERENCE if key in keys]
+    if len(brought) == 1 or (brought and unpaired):
+        reject(
+            f"{where}: {' and '.join(REFERENCE)} come together, in paired rows",
+            f"{', '.join(brought)} in {'an unpaired' if unpaired else 'a paired'} row",
+            "Add the other one, or drop them and let the reference be computed.",
+        )
     needed = UNPAIRED if unpaired else ("chosen", "rejected")
     missing = [key for key in needed if key not in keys]
     if missing:
@@ -158,6 +165,13 @@ def _check_row(where: str, row: Any) -> tuple[str, bool]:
             repr(row["label"]),
             "Convert it to a boolean.",
         )
+    for key in REFERENCE:
+        if key in row and not is_number(row[key]):
+            reject(
+                f"{where}: {key!r} must be a finite number, the sum of the token log-probs",
+                repr(row[key]),
+                "Correct it, or drop both columns and let the reference be computed.",
+            )
     texts = [key for key in (*PAIRED, "completion") if key in row]
     kinds = {key: _check_text(where, key, row[key]) for key in texts}
     if len(set(kinds.values())) > 1:
@@ -191,7 +205,7 @@ def read_preferences(source: str, *, split: str = "train") -> Any:
         kind = _check_row(where, row)
         if first is None:
             first, start = kind, where
-        if kind != first or ("prompt" in row) != ("prompt" in rows[0] if rows else "prompt" in row):
+        if rows and _described(kind, row) != _described(first, rows[0]):
             reject(
                 f"{where}: all rows must have one format",
                 f"{_described(kind, row)}, while {start} is {_described(first, rows[0])}",
@@ -200,12 +214,16 @@ def read_preferences(source: str, *, split: str = "train") -> Any:
         rows.append({key: row[key] for key in row if key in _KNOWN})
     if not rows:
         reject(f"{source}: a dataset needs at least one row", "none", "Check the file.")
-    return Dataset.from_list(rows)
+    # Not Dataset.from_list, which knows only the columns of the first row. TRL unpacks the kwargs.
+    absent: dict[str, Any] = {"chat_template_kwargs": {}}
+    names = dict.fromkeys(key for row in rows for key in row)
+    return Dataset.from_dict({k: [row.get(k, absent.get(k)) for row in rows] for k in names})
 
 
 def _described(kind: tuple[str, bool], row: dict[str, Any]) -> str:
     form = "messages" if kind[1] else "text"
-    return f"{kind[0]} {form} {'with' if 'prompt' in row else 'without'} a prompt"
+    reference = " and with reference log-probs" if REFERENCE[0] in row else ""
+    return f"{kind[0]} {form} {'with' if 'prompt' in row else 'without'} a prompt{reference}"
 
 
 def check_completions(dataset: Any, name: str) -> None:

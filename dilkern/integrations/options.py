@@ -14,6 +14,8 @@ def loss_params(items: list[str]) -> dict[str, float]:
     params = {}
     for item in items:
         name, _, value = item.partition("=")
+        if name in params:
+            reject("--loss-param must name each parameter once", repr(item), "Drop one of them.")
         try:
             params[name] = float(value)
         except ValueError:
@@ -31,18 +33,23 @@ def limit(text: str) -> float | None:
         reject("--max-log-ratio must be a number or 'none'", repr(text), "10 is the default.")
 
 
-def model_limits(model: str, max_length: int | None, trust_remote_code: bool) -> int:
-    """Return the sequence length to train with, at most what the model has positions for."""
+def model_config(model: str, trust_remote_code: bool, *, option: str = "--model") -> Any:
+    """Return the configuration of a folder or of a model of the hub."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except OSError as error:
         reject(
-            "--model must be a folder with a config.json or a model id of the hub",
+            f"{option} must be a folder with a config.json or a model id of the hub",
             f"{model}: {str(error).splitlines()[0].rstrip('.')}",
             "Check the path or id, the network, and HF_TOKEN for a gated model.",
         )
+
+
+def model_limits(model: str, max_length: int | None, trust_remote_code: bool) -> int:
+    """Return the sequence length to train with, at most what the model has positions for."""
+    config = model_config(model, trust_remote_code)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if max_length is None:
         return min(1024, positions or 1024)
@@ -70,6 +77,12 @@ def lora(rank: int, alpha: int | None, dropout: float, targets: list[str]) -> An
     if rank < 0:
         reject("--lora-r must be >= 0", str(rank), "0 trains all weights.")
     if rank == 0:
+        if alpha is not None or dropout or targets != ["all-linear"]:
+            reject(
+                "--lora-alpha, --lora-dropout and --lora-target need an adapter",
+                "--lora-r 0",
+                "Give a rank, e.g. --lora-r 16, or drop them.",
+            )
         return None
     if "all-linear" in targets and len(targets) > 1:
         reject(

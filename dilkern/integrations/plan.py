@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from dilkern.integrations.options import model_config
 from dilkern.validation import check_positive, reject
 
 HEADS = ("naive", "trl", "dilkern")
@@ -42,28 +43,40 @@ def read_shape(model: str, *, trust_remote_code: bool = False) -> Shape:
 
     Args:
         model: folder with a config.json, or hub id.
+
+    Raises:
+        ValueError: no such model, or not a causal LM.
     """
     import torch
     from torch import nn
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    config = model_config(model, trust_remote_code)
+    try:
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        reject(
+            "--model must be a causal LM that transformers can build",
+            f"{model}: {str(error).splitlines()[0].rstrip('.')}",
+            "Take another model, or add --trust-remote-code where its code comes with it.",
+        )
     text = config.get_text_config()
+    # (out, in) of each linear layer; GPT-2's keep their weight the other way round.
     inner = [
-        module
+        module.weight.shape[:: -1 if isinstance(module, Conv1D) else 1]
         for name, module in built.base_model.named_modules()
-        if isinstance(module, nn.Linear) and name
+        if isinstance(module, (nn.Linear, Conv1D)) and name
     ]
     return Shape(
         parameters=sum(p.numel() for p in built.parameters()),
-        linear=sum(m.weight.numel() for m in inner),
-        lora_per_rank=sum(m.in_features + m.out_features for m in inner),
+        linear=sum(out * width for out, width in inner),
+        lora_per_rank=sum(out + width for out, width in inner),
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
         layers=text.num_hidden_layers,
-        widest=sum(m.out_features for m in inner) // text.num_hidden_layers,
+        widest=sum(out for out, _ in inner) // text.num_hidden_layers,
     )
 
 

@@ -23,7 +23,7 @@ from dilkern.lm_head.modules import unwrap
 from dilkern.logps import linear_logps
 from dilkern.losses import get_loss
 from dilkern.sequence_loss import PreferenceLossOutput, preference_loss, preference_metrics
-from dilkern.validation import reject
+from dilkern.validation import name_of, reject
 
 IGNORE_INDEX = -100
 
@@ -67,7 +67,9 @@ def _aux_loss(config: Any, router_logits: Any, attention_mask: Tensor | None) ->
 def _score(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DILOutput:
     """Run the backbone, then `linear_logps` on its last hidden layer."""
     installed: _Installed = model._dil_head
-    labels = kwargs.pop("labels")
+    labels = kwargs.pop("labels", None)
+    if labels is None:
+        reject("dil_head=True needs `labels`", "none", "Pass labels aligned with input_ids.")
     kwargs["use_cache"] = False
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
@@ -97,7 +99,7 @@ def install_head(model: Any, *, backend: str = "auto", workspace_mib: float = 25
 
     `model(input_ids, attention_mask=..., labels=labels, dil_head=True)` returns a `DILOutput` whose
     token_logps (S, L) belong to `labels` (aligned with input_ids, -100 ignored). Installing again
-    only changes the options. Deep copies carry a head of their own.
+    only changes the options. Deep copies carry a head of their own; an unpickled model needs it anew.
 
     Args:
         model: a causal LM of transformers, or a PEFT, DDP or compiled wrapper of one.
@@ -108,7 +110,8 @@ def install_head(model: Any, *, backend: str = "auto", workspace_mib: float = 25
     """
     model = unwrap(model)
     installed = getattr(model, "_dil_head", None)
-    if installed is not None:
+    # Pickle stores a bound method by its name: of our forward it gives back the class's own.
+    if installed is not None and model._dil_forward.__func__ is not type(model).forward:
         model._dil_head = installed._replace(backend=backend, workspace_mib=workspace_mib)
         return
     model._dil_head = _Installed(LMHead.from_model(model), backend, workspace_mib)
@@ -185,10 +188,13 @@ def labels_of(inputs: Mapping[str, Tensor]) -> Tensor:
     return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
 
 
+# Reference log-probs as a dataset of `DILTrainer` holds them.
+_BY_SIDE = ("ref_chosen_logps", "ref_rejected_logps")
+
+
 def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a batch the model's forward takes."""
-    ours = {"labels", "completion_mask", "is_chosen", "ref_logps"}
-    ours |= {"ref_chosen_logps", "ref_rejected_logps"}
+    ours = {"labels", "completion_mask", "is_chosen", "ref_logps", *_BY_SIDE}
     return {key: value for key, value in inputs.items() if key not in ours}
 
 
@@ -208,24 +214,44 @@ def compute_loss(
         inputs: input_ids, attention_mask and labels or completion_mask (S, L), chosen first half;
             optionally is_chosen (S,) and ref_logps (S,), summed log-probs of the reference.
         ref_model: a frozen model; None: `ref_logps` of the batch, or for a loss with a reference and
-            a PEFT model the model with its adapter disabled.
+            a PEFT model the model with its adapter disabled, in the mode that it is in: dropout of
+            the base model, if it has any, acts on both.
         **options: keywords of `preference_loss`, e.g. loss="bce", beta=0.5.
 
     Returns:
         PreferenceLossOutput.
 
     Raises:
-        ValueError: no reference for a loss that needs one.
+        ValueError: no reference for a loss that needs one, one that would go unused, no head.
     """
     labels, kwargs = labels_of(inputs), model_inputs(inputs)
 
     def score(scorer: Any) -> Tensor:
-        token_logps: Tensor = scorer(**kwargs, labels=labels, dil_head=True).token_logps
+        output = scorer(**kwargs, labels=labels, dil_head=True)
+        # A model without our head takes dil_head=True for an option of its attention.
+        token_logps: Tensor | None = getattr(output, "token_logps", None)
+        if token_logps is None:
+            reject(
+                "the head must be installed on the model and on `ref_model`",
+                name_of(unwrap(scorer)) + " without it",
+                "Call install_head(model) first; a pickled model has lost it.",
+            )
         return token_logps[:, -labels.shape[1] :]  # prompt tuning puts virtual tokens in front
 
     ref_logps = inputs.get("ref_logps")
     ref_token_logps = None
-    if get_loss(options.get("loss", "lsif")).reference and ref_logps is None:
+    entry = get_loss(options.get("loss", "lsif"))
+    unread = [name for name in _BY_SIDE if name in inputs]
+    if ref_model is not None and (ref_logps is not None or not entry.reference):
+        unread.append("ref_model")
+    if unread:
+        reject(
+            f"the reference of loss {entry.name!r} is "
+            + ("`ref_logps` of the batch, or `ref_model`" if entry.reference else "none"),
+            ", ".join(unread),
+            "Drop what is not used; log-probs of a batch come as ref_logps (S,), chosen first.",
+        )
+    if entry.reference and ref_logps is None:
         adapted = model.module if hasattr(model, "module") else model
         if ref_model is None and not hasattr(adapted, "disable_adapter"):
             reject(

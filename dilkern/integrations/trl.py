@@ -92,8 +92,9 @@ def _is_unpaired(dataset: Any) -> bool:
 class DILTrainer(DPOTrainer):  # type: ignore[misc]
     """TRL's `DPOTrainer` with the losses of dilkern and its memory.
 
-    Everything that `DPOTrainer` takes works here: full, LoRA and QLoRA training, evaluation, resume,
-    precomputed reference log-probs; and so do adapters on the lm_head and padding_free. Unpaired
+    As in `DPOTrainer`: full, LoRA and QLoRA training, evaluation, resume, precomputed reference
+    log-probs; beyond it: adapters on the lm_head and padding_free. Options of `DPOConfig` that have
+    no meaning here are refused; docs/trainers.md lists what was run. Unpaired
     datasets (columns prompt, completion, label) work with pointwise losses: chosen and rejected are
     each averaged over their own count of the batch of all ranks; a batch without one kind has that
     term 0.
@@ -135,6 +136,16 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         dataset = kwargs.get("train_dataset")
         if dataset is None:
             reject("`train_dataset` is required", "none", "Pass a preference dataset.")
+        evals = kwargs.get("eval_dataset")
+        for name, data in (
+            ("train_dataset", dataset),
+            *(
+                ("eval_dataset", e)
+                for e in (evals.values() if isinstance(evals, dict) else [evals])
+            ),
+        ):
+            if data is not None and next(iter(data), None) is None:
+                reject(f"`{name}` must have at least one row", "none", "Pass another one.")
         entry = get_loss(args.loss_type)
         # Before the parent's __init__, which may call `compute_ref_log_probs`.
         self._loss: Loss = entry
@@ -233,6 +244,12 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             )
         evals = kwargs.get("eval_dataset")
         for dataset in evals.values() if isinstance(evals, dict) else [evals]:
+            if given and dataset is not None and "ref_chosen_logps" not in next(iter(dataset)):
+                reject(
+                    "train and eval dataset must both bring reference log-probs, or neither",
+                    "ref_chosen_logps in the train dataset alone",
+                    "Add the columns to the eval dataset, or drop them.",
+                )
             if dataset is not None and _is_unpaired(dataset) != self._unpaired:
                 reject(
                     "train and eval dataset must both be paired or both unpaired",
@@ -286,11 +303,19 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             self._checked.add(id(model))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
-        if not {"chosen_ids", "completion_ids"} & set(next(iter(dataset))):
+        columns = set(next(iter(dataset)))
+        missing = {"prompt_ids", "completion_ids", "is_chosen"} - columns
+        if "completion_ids" in columns and missing:
+            reject(
+                f"{name} dataset: tokenized completions come as prompt_ids, completion_ids, is_chosen",
+                f"no {', '.join(sorted(missing))}",
+                "Add it, or pass prompt, completion and label as text.",
+            )
+        if "completion_ids" not in columns and not {"chosen", "chosen_ids"} <= columns:
             check_completions(dataset, f"{name} dataset")
         if not self._unpaired:
             prepared = super()._prepare_dataset(dataset, processing_class, args, name)
-        elif "completion_ids" in next(iter(dataset)):
+        elif not missing:
             prepared = dataset
         else:
             # One row as a pair of equals: tokenization has one implementation, the parent's.

@@ -62,6 +62,8 @@ class DILConfig(DPOConfig):  # type: ignore[misc]
         strict: raise where a log-ratio is beyond max_log_ratio.
         padding_free: run the model on one row of all sequences without padding; results are the same.
         backend, workspace_mib: see `linear_logps`.
+        logging_nan_inf_filter: as in `TrainingArguments`, but off: a loss of NaN is logged as NaN,
+            where transformers would log the mean of the steps before it, at first 0.
 
     Raises:
         ValueError: an option that the loss or the trainer does not have.
@@ -95,6 +97,9 @@ class DILConfig(DPOConfig):  # type: ignore[misc]
     sft_weight: float | None = field(default=None, metadata={"help": "Weight of the chosen NLL."})
     reference_free: bool = field(default=False, metadata={"help": "Use no reference."})
     strict: bool = field(default=False, metadata={"help": "Raise beyond max_log_ratio."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Log the mean so far in place of a loss of NaN."}
+    )
     backend: str = field(default="auto", metadata={"help": "auto, torch or triton."})
     workspace_mib: float = field(default=256, metadata={"help": "Temporary memory of the head."})
 
@@ -108,6 +113,12 @@ class DILConfig(DPOConfig):  # type: ignore[misc]
                     "Use sft_weight to add the likelihood of the chosen completions.",
                 )
             loss_type = loss_type[0]
+        if not isinstance(loss_type, str):
+            reject(
+                "`loss_type` must be a name, which a saved configuration can hold",
+                type(loss_type).__name__,
+                "Enter a loss of your own first: dilkern.losses.LOSSES[loss.name] = loss.",
+            )
         entry = get_loss(loss_type, argument="loss_type")
         super().__post_init__()
         self.loss_type = entry.name

@@ -46,7 +46,11 @@ H, W, Y = torch.randn(4, 6, 8), torch.randn(11, 8), torch.randint(0, 11, (4, 6))
             {"backend": "triton"},
             r"backend='triton' must be able to run on cpu; received",
         ),
-        ((H, W, Y), {"workspace_mib": 0}, r"`workspace_mib` must be a number > 0; received 0"),
+        (
+            (H, W, Y),
+            {"workspace_mib": 0},
+            r"`workspace_mib` must be a number > 0 and finite; received 0",
+        ),
         ((H, W, Y), {"workspace_mib": 1e-5}, r"`workspace_mib` must be at least .* Raise"),
         ((H.to("meta"), W, Y), {}, r"`labels` and `hidden_states` must be on one device"),
         ((H, W.to("meta"), Y), {}, r"`lm_head` and `hidden_states` must be on one device"),
@@ -93,6 +97,25 @@ CU = torch.tensor([0, 6, 12, 18, 24])
         ({**REF, "h": "nope"}, r"`h` must be one of: bce, brier, kliep, lsif.*received 'nope'"),
         ({**REF, "beta": 0}, r"`beta` must be a number > 0"),
         ({**REF, "max_log_ratio": -1.0}, r"`max_log_ratio` must be a number > 0"),
+        (
+            {"ref_logps": torch.zeros(4, device="meta")},
+            r"`ref_logps` and `labels` must be on one dev",
+        ),
+        (
+            {**REF, "weights": torch.ones(4, device="meta")},
+            r"`weights` must be on the device of the log-probs, cpu; received meta",
+        ),
+        ({**REF, "beta": float("inf")}, r"`beta` must be a number > 0 and finite; received inf"),
+        (
+            {**REF, "workspace_mib": float("inf")},
+            r"`workspace_mib` must be a number > 0 and finite",
+        ),
+        ({**REF, "sft_weight": float("nan")}, r"`sft_weight` must be a number >= 0; received nan"),
+        ({**REF, "label_smoothing": "0.1"}, r"`label_smoothing` must be in \[0, 0.5\]"),
+        (
+            {**REF, "h": "power", "params": {"lam": float("nan")}},
+            r"`lam` must be a finite number; received nan",
+        ),
         ({**REF, "params": {"lam": 1}}, r"parameters of loss 'lsif' are: none; received lam"),
         ({**REF, "h": "nce", "params": {"nu": 0}}, r"`nu` must be > 0"),
         ({**REF, "label_smoothing": 0.7}, r"`label_smoothing` must be in \[0, 0.5\]"),
@@ -100,7 +123,7 @@ CU = torch.tensor([0, 6, 12, 18, 24])
         ({**REF, "mixture": 0.5, "label_smoothing": 0.1}, r"cannot be combined"),
         ({**REF, "mixture": 0.5, "pairing": "pairwise"}, r"goes with a pointwise h-function"),
         ({**REF, "pairing": "triplet"}, r"`pairing` can be 'pairwise'.*received pairing='triplet'"),
-        ({**REF, "sft_weight": -1}, r"`sft_weight` must be >= 0"),
+        ({**REF, "sft_weight": -1}, r"`sft_weight` must be a number >= 0; received -1"),
         ({**REF, "weights": torch.ones(3)}, r"`weights` must have the shape of `logps`, \(4,\)"),
         ({**REF, "kl_log_ratios": torch.ones(3)}, r"is not used by loss 'lsif'"),
         ({**REF, "is_chosen": torch.ones(4)}, r"`is_chosen` must be a bool tensor of shape \(4,\)"),
@@ -168,6 +191,21 @@ def test_packed(cu_seqlens, message):
 def test_fused_preference_loss(loss, options, message):
     with pytest.raises(ValueError, match=message):
         fused_preference_loss(H, W, Y, loss=loss, **options)
+
+
+@pytest.mark.parametrize(
+    "logps, options, message",
+    [
+        (torch.zeros(4, 1), {}, r"`logps` must have shape \(S,\); received shape \(4, 1\)"),
+        ([0.0, 0.0], {}, r"`logps` must be a torch.Tensor; received list"),
+        (torch.zeros(4, dtype=torch.long), {}, r"`logps` must be float32.*received torch.int64"),
+        (torch.zeros(4), {"weights": [1.0] * 4}, r"`weights` must be a torch.Tensor"),
+        (torch.zeros(4), {"loss": "kto", "kl_log_ratios": 0.0}, r"`kl_log_ratios` must be a torch"),
+    ],
+)
+def test_preference_loss_tensors(logps, options, message):
+    with pytest.raises(ValueError, match=message):
+        preference_loss(logps, torch.ones(4), log_ratios=torch.zeros(4), **options)
 
 
 def test_preference_loss_reference():

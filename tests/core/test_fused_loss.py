@@ -140,12 +140,12 @@ def test_packed_sequences_never_predict_across_their_border():
     torch.testing.assert_close(packed.chosen_logps, padded.chosen_logps)
 
 
-@pytest.mark.parametrize("cu_seqlens", [[0, 3, 3, 6, 6], [0, 0, 3, 3, 6]])
+@pytest.mark.parametrize("cu_seqlens", [[0, 3, 3, 6, 6], [0, 0, 3, 3, 6], [0, 0, 0]])
 def test_empty_packed_sequences(cu_seqlens):
     states, weight, labels, other = batch(sequences=1, length=6)
     out = fused_dil_loss(
-        states[0], weight, labels[0].abs() % 31, ref_hidden_states=other[0],
-        cu_seqlens=torch.tensor(cu_seqlens),
+        states[0, : cu_seqlens[-1]], weight, labels[0, : cu_seqlens[-1]].abs() % 31,
+        ref_hidden_states=other[0, : cu_seqlens[-1]], cu_seqlens=torch.tensor(cu_seqlens),
     )  # fmt: skip
     assert torch.isfinite(out.loss)
     lengths = torch.cat([out.chosen_lengths, out.rejected_lengths])

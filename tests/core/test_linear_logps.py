@@ -223,6 +223,17 @@ def test_double_backward_is_refused(head_trains, power):
             grad.square().sum().backward(retain_graph=True)
 
 
+@pytest.mark.parametrize("which", ["hidden", "head"])
+def test_forward_mode_is_refused(which):
+    h, w, y = torch.randn(7, 8), torch.randn(11, 8), torch.randint(0, 11, (7,))
+    score = (
+        (lambda x: linear_logps(x, w, y)) if which == "hidden" else lambda x: linear_logps(h, x, y)
+    )
+    x = h if which == "hidden" else w
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(score, (x,), (torch.ones_like(x),))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant):
     h, w, y = torch.randn(7, 8), torch.randn(11, 8), torch.randint(0, 11, (7,))

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import tiny_models as tiny
+import transformers
 import yaml
 from typer.testing import CliRunner
 
@@ -98,6 +99,9 @@ def test_flags_and_yaml_mean_the_same(folder, data, tmp_path):
     assert log["target_modules"] == ["q_proj"], "one word for an option that takes several"
     for text, message in (
         ("modell: x", r"run.yaml: every key .* 'modell'. Rename it to 'model'"),
+        ("loer_r:", r"run.yaml: every key .* 'loer_r'. Rename it to 'lora_r'"),
+        ("lora_r:", "'lora_r' must have a value"),
+        ("max_log_ratio: null", "'none' in quotes"),
         ("model: [x", "must be a YAML file"),
         ("- model", "must map names"),
     ):
@@ -133,6 +137,22 @@ def test_options_work(folder, data, tmp_path, options):
     assert result.exit_code == 0, result.output
     if "save-steps" in options:
         assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_dropout_of_the_adapter_is_at_work(folder, data, tmp_path):
+    runs = {}
+    for dropout in (0.0, 0.5):
+        out = tmp_path / str(dropout)
+        train(*flags(folder, data, out, **{"lora-dropout": dropout, "learning-rate": 0.01}))
+        runs[dropout] = [e["loss"] for e in metrics(out) if "loss" in e]
+    assert runs[0.0] != runs[0.5]
+
+
+@pytest.mark.parametrize("name", ["batch-size", "gradient-accumulation", "logging-steps"])
+def test_counts_must_be_positive(folder, data, tmp_path, name):
+    result = train(*flags(folder, data, tmp_path / "out", **{name: 0}))
+    assert result.exit_code == 2
+    assert name in result.output
 
 
 def test_long_examples_are_counted(folder, tmp_path):
@@ -188,6 +208,11 @@ REFUSED = [
     ({"loss": "lsiff"}, "must be one of"),
     ({"loss-param": "lam"}, "NAME=NUMBER"),
     ({"loss-param": "lam=1"}, "parameters of loss 'lsif'"),
+    ({"loss": "power", "loss-param": ["lam=1", "lam=2"]}, "each parameter once"),
+    ({"learning-rate": 0}, "learning-rate"),
+    ({"epochs": 0}, "epochs"),
+    ({"eval-steps": 2}, "needs held-out data"),
+    ({"lora-r": 0, "lora-dropout": 0.1}, "need an adapter"),
     ({"max-length": 5000}, "256 positions"),
     ({"precision": "fp16"}, "needs a GPU"),
     ({"precision": "fp8"}, "precision"),
@@ -201,6 +226,7 @@ REFUSED = [
     ({"report-to": "nowhere"}, "report_to. must be none, all, or among .*'nowhere'"),
     ({"lora-target": ["all-linear", "lm_head"]}, "stands alone"),
     ({"model": "none"}, "config.json or a model id"),
+    ({"ref-model": "none"}, "--ref-model must be a folder with a config.json"),
     ({"attn-implementation": "flash_attention_2"}, r"pip install 'dilkern\[flash\]'.*sdpa"),
     ({"ref-model": "x", "precompute-ref-log-probs": True}, "Drop one of them"),
     ({"eval-split": 0.1, "eval-dataset": "x"}, "from one place"),
@@ -323,6 +349,15 @@ def test_plan(folder, tmp_path):
             total_bytes(kind, shape, setting._replace(seq_len=n)) for n in (most, most + 1)
         )
         assert at <= 64 * 2**20 < beyond
+    transformers.T5Config().save_pretrained(tmp_path / "t5")
+    for words, message in (
+        (["--model", "none"], "--model must be a folder"),
+        (["--model", folder, "--workspace-mib", "-1"], "workspace-mib"),
+        (["--model", folder, "--reserve", "-1"], "reserve"),
+        (["--model", str(tmp_path / "t5")], "must be a causal LM.*T5Config"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CliRunner().invoke(app, ["plan", *words], catch_exceptions=False)
     result = CliRunner().invoke(app, ["plan", "--model", folder, "--seq-len", "512"])
     assert result.exit_code == 0, result.output
     assert [line.split()[0] for line in result.output.splitlines()[2:]] == [
@@ -330,6 +365,21 @@ def test_plan(folder, tmp_path):
         "trl",
         "dilkern",
     ]
+
+
+def test_plan_counts_the_layers_of_gpt2(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from dilkern.integrations.plan import read_shape
+
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64)
+    config.save_pretrained(tmp_path)
+    shape = read_shape(str(tmp_path))
+    lora = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=True)
+    adapted = get_peft_model(transformers.GPT2LMHeadModel(config), lora)
+    assert adapted.get_nb_trainable_parameters()[0] == 3 * shape.lora_per_rank
+    assert shape.linear == 2 * 12 * 32 * 32
+    assert shape.widest == (3 + 1 + 4 + 1) * 32
 
 
 def test_importing_dilkern_loads_no_trainer_library():

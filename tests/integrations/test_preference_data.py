@@ -30,6 +30,11 @@ def test_good_files(tmp_path):
     assert unpaired.column_names == ["prompt", "completion", "label"]
     extra = [{**row, "score": 3} for row in GOOD]
     assert "score" not in read_preferences(write(tmp_path, dump(extra))).column_names
+    later = [GOOD[0], {**GOOD[1], "tools": [{"name": "f"}], "chat_template_kwargs": {"a": 1}}]
+    first, second = read_preferences(write(tmp_path, dump(later)))
+    assert second["tools"] == [{"name": "f"}]
+    assert second["chat_template_kwargs"] == {"a": 1}
+    assert dict(**first["chat_template_kwargs"]) in ({}, {"a": None})
     implicit = [{k: "Q: hi A: " + row[k] for k in ("chosen", "rejected")} for row in TEXT]
     assert len(read_preferences(write(tmp_path, dump(implicit)))) == 3
 
@@ -92,6 +97,19 @@ BAD = {
     ),
     "other format": (json.dumps(TEXT[0]), "all rows must have one format"),
     "no prompt": (changed(prompt=None), "all rows must have one format"),
+    "half a reference": (changed(ref_chosen_logps=-1.0), "come together, in paired rows"),
+    "reference of an unpaired row": (
+        json.dumps({**tiny.unpaired(1)[0], "ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0}),
+        "come together, in paired rows",
+    ),
+    "reference text": (
+        changed(ref_chosen_logps="-1", ref_rejected_logps=-1.0),
+        "'ref_chosen_logps' must be a finite number",
+    ),
+    "reference of some rows": (
+        changed(ref_chosen_logps=-1.0, ref_rejected_logps=-1.0),
+        "all rows must have one format",
+    ),
 }
 
 

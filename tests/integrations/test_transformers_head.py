@@ -1,6 +1,7 @@
 """The head inside a model's forward: exact, idempotent, reversible, safe to copy."""
 
 import copy
+import pickle
 
 import pytest
 import tiny_models as tiny
@@ -126,6 +127,22 @@ def test_a_deep_copy_uses_its_own_weights():
     )
 
 
+def test_an_unpickled_model_takes_the_head_anew():
+    model, batch = tiny.build(), a_batch()
+    install_head(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    with pytest.raises(ValueError, match="head must be installed"):
+        compute_loss(loaded, batch, loss="simpo")
+    install_head(loaded)
+    have, want = (m(**batch, dil_head=True).token_logps for m in (loaded, model))
+    assert torch.equal(have, want)
+    remove_head(loaded)
+    with pytest.raises(ValueError, match="head must be installed"):
+        compute_loss(loaded, batch, loss="simpo")
+    with pytest.raises(ValueError, match="needs `labels`"):
+        model(batch["input_ids"], dil_head=True)
+
+
 def test_generate_is_unchanged():
     model, batch = tiny.build(), a_batch()
     options = {"max_new_tokens": 5, "do_sample": False}
@@ -198,6 +215,14 @@ def test_compute_loss_takes_each_reference():
     by_logps = compute_loss(model, {**batch, "ref_logps": logps}, loss="bce")
     assert by_logps.loss.item() == pytest.approx(1.386294, abs=1e-5)
     assert compute_loss(model, batch, loss="simpo").loss.requires_grad
+    by_side = {"ref_chosen_logps": logps[:2], "ref_rejected_logps": logps[2:]}
+    for idle, options in (
+        (batch, {"loss": "simpo"}),
+        ({**batch, "ref_logps": logps}, {}),
+        ({**batch, **by_side}, {}),
+    ):
+        with pytest.raises(ValueError, match="Drop what is not used"):
+            compute_loss(model, idle, ref_model=reference, **options)
     config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(tiny.build(), config)
     install_head(adapted)

@@ -106,6 +106,10 @@ def test_reference_log_probs_may_come_with_the_dataset(quick):
     same_steps(losses(trainer), losses(quick()), 1e-6)
     with pytest.raises(ValueError, match="the dataset brings ref_chosen_logps"):
         quick(data=data, init={"ref_model": tiny.build()})
+    with pytest.raises(ValueError, match="both bring reference log-probs"):
+        quick(data=data, init={"eval_dataset": tiny.dataset()})
+    with pytest.raises(ValueError, match="come together"):
+        quick(data=data.remove_columns("ref_rejected_logps"))
 
 
 def test_a_second_model_as_reference(quick):

@@ -1,6 +1,8 @@
 """Options and data that do not fit are refused before anything is trained; the others arrive."""
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import tiny_models as tiny
@@ -9,11 +11,13 @@ from datasets import Dataset
 from training_runs import COMMON, losses
 from trl import DPOConfig
 
+from dilkern import LOSSES
 from dilkern.integrations.trl import DILConfig, DILTrainer
 
 REFUSED = [
     ({"loss_type": "lsiff"}, "must be one of"),
     ({"loss_type": ["lsif", "sft"]}, "one loss"),
+    ({"loss_type": replace(LOSSES["bce"], beta=9.0)}, "must be a name.*received Loss"),
     ({"loss_weights": [1.0]}, "loss_weights"),
     ({"ld_alpha": 0.5}, "ld_alpha"),
     ({"f_divergence_type": "forward_kl"}, "fdpo_forward_kl"),
@@ -54,6 +58,17 @@ def test_data_that_does_not_fit_raises(quick):
         quick(loss_type="simpo", init={"ref_model": tiny.build()})
     with pytest.raises(ValueError, match="must be a DILConfig"):
         quick(config=DPOConfig)
+    ids = {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]}
+    with pytest.raises(ValueError, match="train dataset, row 1: key 'chosen' is required"):
+        quick(data=Dataset.from_list([ids]))
+    with pytest.raises(ValueError, match=r"come as prompt_ids.*received no is_chosen"):
+        quick(data=Dataset.from_list([{"prompt_ids": [5], "completion_ids": [6]}]))
+    nothing = tiny.dataset(1).select([])
+    with pytest.raises(ValueError, match="`train_dataset` must have at least one row"):
+        quick(data=nothing)
+    for empty in (nothing, {"a": tiny.dataset(2), "b": nothing}):
+        with pytest.raises(ValueError, match="`eval_dataset` must have at least one row"):
+            quick(init={"eval_dataset": empty})
     with pytest.raises(ValueError, match="train_dataset"):
         DILTrainer(tiny.build(), args=DILConfig("unused", **COMMON))
 
@@ -105,6 +120,13 @@ def test_unpaired_batches_are_cut_and_padded_as_trl_does(quick, mode):
     quick(data=tiny.unpaired(4), loss_type="kto", max_steps=1, **options).train()
     with pytest.raises(ValueError, match="pad_token"):
         quick(data=tiny.unpaired(4), pad_token="<none>")
+
+
+def test_a_loss_of_nan_is_logged_as_it_is(quick):
+    data = tiny.dataset()
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        data = data.add_column(name, [float("nan")] * len(data))
+    assert all(math.isnan(loss) for loss in losses(quick(data=data)))
 
 
 def test_loss_parameters_arrive(quick, tmp_path):
