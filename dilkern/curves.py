@@ -153,7 +153,8 @@ def alpha_divergence(f: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 
 
 def log_odds(a: Tensor) -> tuple[Tensor, Tensor]:
-    miss = -torch.expm1(a)  # 1 - e^a
+    # 1 - e^a; it is 0 where every token is certain, whose odds are infinite.
+    miss = (-torch.expm1(a)).clamp_min(torch.finfo(a.dtype).tiny)
     return a - miss.log(), 1 / miss
 
 

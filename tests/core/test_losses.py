@@ -293,3 +293,12 @@ def test_names_and_aliases_are_unique():
 def test_every_entry_states_its_formula_and_source(entry):
     assert entry.formula and entry.source
     assert (entry.bregman is not None) == bool(entry.bregman_formula)
+
+
+@pytest.mark.parametrize("certain", ["chosen", "rejected"])
+def test_orpo_of_a_certain_completion_is_finite(certain):
+    logps = torch.tensor([0.0, -2.0] if certain == "chosen" else [-2.0, 0.0], requires_grad=True)
+    out = preference_loss(logps, torch.ones(2), loss="orpo")
+    out.loss.backward()
+    assert torch.isfinite(out.loss)
+    assert torch.isfinite(logps.grad).all()
