@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dilkern.integrations.transformers import IGNORE_INDEX
+from dilkern.validation import reject
 
 
 def _padded(rows: list[Tensor], value: int, multiple: int | None = None) -> Tensor:
@@ -41,6 +42,10 @@ class PreferenceCollator:
 
     Returns of a call: input_ids, attention_mask, labels (S, L), labels -100 outside completions.
 
+    Raises:
+        ValueError: a tokenizer without an end-of-sequence token, a prompt that leaves no room for a
+            token of its completion.
+
     Example:
         >>> from dilkern.integrations.collators import PreferenceCollator  # doctest: +SKIP
         >>> collator = PreferenceCollator(tokenizer)  # doctest: +SKIP
@@ -49,6 +54,14 @@ class PreferenceCollator:
 
     tokenizer: Any
     max_length: int | None = 1024
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.eos_token is None:
+            reject(
+                "the tokenizer must have an end-of-sequence token",
+                "none",
+                "Set tokenizer.eos_token.",
+            )
 
     def _ids(self, value: Any, **options: Any) -> list[int]:
         if not isinstance(value, str):
@@ -70,6 +83,13 @@ class PreferenceCollator:
         # Where they part, not the length of the prompt: tokens may merge across the boundary.
         same = [a == b for a, b in zip(start, full)]
         size = same.index(False) if False in same else len(same)
+        if size >= len(full[: self.max_length]):
+            reject(
+                f"a prompt must be shorter than max_length={self.max_length} and its completion "
+                "have a token",
+                f"a prompt of {size} of {len(full)} tokens, {prompt!r:.60}",
+                "Raise max_length, or drop the row.",
+            )
         labels = [IGNORE_INDEX] * size + full[size:]
         return full[: self.max_length], labels[: self.max_length]
 

@@ -1,5 +1,6 @@
 """Each example runs and lowers its loss; the collator prepares what TRL prepares."""
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -56,6 +57,16 @@ def test_shipped_pairs():
     prompts = [row["prompt"][0]["content"] for row in rows]
     assert len(set(prompts)) == len(prompts)
     assert all(row["chosen"] != row["rejected"] for row in rows)
+
+
+def test_collator_refuses_rows_without_a_scored_token():
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    row = {"prompt": "one two three four", "chosen": " five", "rejected": " six"}
+    with pytest.raises(ValueError, match="shorter than max_length=2"):
+        PreferenceCollator(tokenizer, max_length=2)([row])
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="end-of-sequence"):
+        PreferenceCollator(tokenizer)
 
 
 @pytest.mark.parametrize("conversational", [True, False])

@@ -1,5 +1,8 @@
 """linear_logps on the triton backend, against fp64 and bit by bit against itself."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -236,3 +239,13 @@ def test_tf32_only_where_pytorch_allows_it():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert configs.input_precision(torch.float32) == "ieee"
+
+
+def test_bf16_is_refused_in_an_interpreter_as_it_comes():
+    """Unmended it multiplies bit patterns, without an error."""
+    code = (
+        "import torch; from dilkern import linear_logps; x = torch.ones(2, 8).bfloat16(); "
+        "linear_logps(x, x, torch.tensor([0, 1]), backend='triton')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "bit patterns of bfloat16" in done.stderr, done.stderr
