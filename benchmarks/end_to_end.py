@@ -269,11 +269,12 @@ def errors(found: tuple[float, Tensor], truth: tuple[float, Tensor]) -> dict[str
 def refusal(found: dict[str, float], naive: dict[str, float], dtype: torch.dtype) -> str | None:
     """None if within twice naive's error plus a band of roundings.
 
-    16 units of the dtype for the gradient; 256 for the loss, as in `truth.refusal`: one scalar, made
-    of sums of hundreds of nats, where naive's own error is a matter of luck.
+    16 units of the dtype; for the loss in fp32 256, as in `truth.refusal`: one scalar, made of sums
+    of hundreds of nats, where naive's own error is a matter of luck.
     """
     for name, value in found.items():
-        limit = 2 * naive[name] + (256 if name == "loss_err" else 16) * torch.finfo(dtype).eps
+        units = 256 if name == "loss_err" and dtype is torch.float32 else 16
+        limit = 2 * naive[name] + units * torch.finfo(dtype).eps
         if not value <= limit:
             return f"{name} {value:.3g} > {limit:.3g}"
     return None

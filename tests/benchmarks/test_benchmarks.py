@@ -105,6 +105,10 @@ def test_refusal_reads_every_error_and_catches_nan() -> None:
     assert "logp_err_rms" in refusal({"logp_err_rms": 1e-3}, budget, torch.float32)
     assert "grad_err_max" in refusal({"grad_err_max": float("nan")}, budget, torch.float32)
     assert "loss_err" in refusal({"loss_err": 1e-3}, budget, torch.float32)
+    small = {"loss_err": 1e-3, "grad_err": 1e-3}
+    assert end_to_end.refusal(small, small, torch.bfloat16) is None
+    assert "loss_err" in end_to_end.refusal({"loss_err": 0.2}, small, torch.bfloat16)
+    assert "grad_err" in end_to_end.refusal({"grad_err": 0.2}, small, torch.bfloat16)
 
 
 # --- rows -------------------------------------------------------------------------------------
