@@ -273,6 +273,12 @@ def clipped(x: Tensor, chosen: bool, s: Settings) -> Tensor:
 
 def check_strict(hits: Tensor, f: Tensor, s: Settings, strict: bool) -> Tensor:
     """Return the share of sequences on the linear extension; with `strict` there may be none."""
+    if strict and s.limit is None:
+        reject(
+            "`strict` holds log-ratios to `max_log_ratio`",
+            "strict=True and max_log_ratio=None",
+            "Give a max_log_ratio, or set strict=False.",
+        )
     clip_fraction = hits.to(f.dtype).mean()
     if strict and bool(clip_fraction > 0):
         reject(

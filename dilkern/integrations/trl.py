@@ -83,10 +83,16 @@ def _source(args: Any) -> dict[str, Any]:
 
 
 def _is_unpaired(dataset: Any) -> bool:
-    if dataset is None:
-        return False
     columns = next(iter(dataset))
     return {"label", "completion"} <= set(columns) or "completion_ids" in columns
+
+
+def _evals(kwargs: dict[str, Any]) -> list[Any]:
+    """Return the evaluation datasets of the trainer's keywords: none, one, or those of a dict."""
+    given = kwargs.get("eval_dataset")
+    if given is None:
+        return []
+    return list(given.values()) if isinstance(given, dict) else [given]
 
 
 class DILTrainer(DPOTrainer):  # type: ignore[misc]
@@ -136,15 +142,11 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         dataset = kwargs.get("train_dataset")
         if dataset is None:
             reject("`train_dataset` is required", "none", "Pass a preference dataset.")
-        evals = kwargs.get("eval_dataset")
-        for name, data in (
+        for name, data in [
             ("train_dataset", dataset),
-            *(
-                ("eval_dataset", e)
-                for e in (evals.values() if isinstance(evals, dict) else [evals])
-            ),
-        ):
-            if data is not None and next(iter(data), None) is None:
+            *(("eval_dataset", e) for e in _evals(kwargs)),
+        ]:
+            if next(iter(data), None) is None:
                 reject(f"`{name}` must have at least one row", "none", "Pass another one.")
         entry = get_loss(args.loss_type)
         # Before the parent's __init__, which may call `compute_ref_log_probs`.
@@ -242,15 +244,14 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 "an unpaired dataset (prompt, completion, label)",
                 "Set precompute_ref_log_probs=False.",
             )
-        evals = kwargs.get("eval_dataset")
-        for dataset in evals.values() if isinstance(evals, dict) else [evals]:
-            if given and dataset is not None and "ref_chosen_logps" not in next(iter(dataset)):
+        for dataset in _evals(kwargs):
+            if given != ("ref_chosen_logps" in next(iter(dataset))):
                 reject(
                     "train and eval dataset must both bring reference log-probs, or neither",
-                    "ref_chosen_logps in the train dataset alone",
-                    "Add the columns to the eval dataset, or drop them.",
+                    f"ref_chosen_logps in the {'train' if given else 'eval'} dataset alone",
+                    "Add the columns to the other one, or drop them.",
                 )
-            if dataset is not None and _is_unpaired(dataset) != self._unpaired:
+            if _is_unpaired(dataset) != self._unpaired:
                 reject(
                     "train and eval dataset must both be paired or both unpaired",
                     "one of each",

@@ -210,6 +210,8 @@ def test_max_log_ratio_keeps_extreme_ratios_finite_and_counts_them():
     assert metrics["clip_frac/chosen"] == metrics["clip_frac/rejected"] == 0.5
     with pytest.raises(ValueError, match="strict"):
         fused_dil_loss(states, weight, labels, ref_logps=ref, length_normalize=False, strict=True)
+    with pytest.raises(ValueError, match="strict=True and max_log_ratio=None"):
+        fused_dil_loss(states, weight, labels, ref_logps=ref, max_log_ratio=None, strict=True)
 
 
 def test_module_is_the_function():

@@ -110,6 +110,8 @@ def test_reference_log_probs_may_come_with_the_dataset(quick):
         quick(data=data, init={"eval_dataset": tiny.dataset()})
     with pytest.raises(ValueError, match="come together"):
         quick(data=data.remove_columns("ref_rejected_logps"))
+    with pytest.raises(ValueError, match="in the eval dataset alone"):
+        quick(data=tiny.dataset(), init={"eval_dataset": data})
 
 
 def test_a_second_model_as_reference(quick):
