@@ -26,15 +26,17 @@ def _bind_checkout_kernels() -> None:
 _bind_checkout_kernels()
 
 from dilkern.functional import DILLoss, fused_dil_loss, fused_preference_loss  # noqa: E402
-from dilkern.lm_head import DenseHead, Head  # noqa: E402
+from dilkern.lm_head import DenseHead, Head, LMHead  # noqa: E402
 from dilkern.logps import linear_logps  # noqa: E402
 from dilkern.losses import LOSSES, Loss  # noqa: E402
-from dilkern.sequence_loss import (  # noqa: E402
+from dilkern.objective import Objective  # noqa: E402
+from dilkern.options import LossOptions  # noqa: E402
+from dilkern.output import (  # noqa: E402
     DILLossOutput,
     PreferenceLossOutput,
-    preference_loss,
     preference_metrics,
 )
+from dilkern.preference import preference_loss  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,7 +45,10 @@ __all__ = [
     "DILLossOutput",
     "DenseHead",
     "Head",
+    "LMHead",
     "Loss",
+    "LossOptions",
+    "Objective",
     "PreferenceLossOutput",
     "fused_dil_loss",
     "fused_preference_loss",

@@ -211,7 +211,7 @@ def extended(
     return value + slope * (x - inside), slope
 
 
-def beyond(growth: Growth, limit: float | None, x: Tensor) -> Tensor:
+def on_extension(growth: Growth, limit: float | None, x: Tensor) -> Tensor:
     """Where the linear extension acts: a bool tensor like x."""
     if limit is None or not growth:
         return torch.zeros_like(x, dtype=torch.bool)

@@ -16,7 +16,9 @@ from torch.autograd.forward_ad import unpack_dual
 from dilkern.backends import base as backends
 from dilkern.lm_head import Head, as_head, call_held, rebuild
 from dilkern.validation import (
+    check_bool,
     check_hidden_and_labels,
+    check_ignore_index,
     check_label_values,
     check_positive,
     check_same_device,
@@ -201,6 +203,29 @@ def _compute_dtype(hidden_states: Tensor, head: Head) -> torch.dtype:
     return hidden_states.dtype
 
 
+def mask_first_labels(
+    labels: Tensor,  # (S, L) or (T,)
+    cu_seqlens: Tensor | None = None,  # (S+1,)
+    *,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Return labels in which the first of each sequence is ignored: nothing predicts it.
+
+    (S, L) are S sequences; packed (T,) are those between cu_seqlens, or one without it. Masking
+    twice changes nothing.
+    """
+    labels = labels.clone()
+    if cu_seqlens is None:
+        labels[..., :1] = ignore_index
+    elif labels.numel():
+        # The start of an empty last sequence is T, one past the end.
+        last = labels.numel() - 1
+        starts = cu_seqlens[:-1].long()
+        at = starts.clamp(max=last)
+        labels[at] = torch.where(starts > last, labels[at], ignore_index)
+    return labels
+
+
 def linear_logps(
     hidden_states: Tensor,  # (S, L, D) or (T, D)
     lm_head: Any,
@@ -259,10 +284,13 @@ def linear_logps(
     """
     check_hidden_and_labels(hidden_states, labels)
     check_positive("workspace_mib", workspace_mib)
+    check_bool("shift", shift)
+    check_ignore_index(ignore_index)
+    if shift:
+        labels = mask_first_labels(labels, ignore_index=ignore_index)
 
-    def score(hidden: Tensor) -> Tensor:
-        head = as_head(lm_head)
-        return _score(hidden, head, labels, shift, ignore_index, backend, workspace_mib)
+    def score(states: Tensor) -> Tensor:
+        return _score(states, as_head(lm_head), labels, shift, ignore_index, backend, workspace_mib)
 
     return call_held(lm_head, score, hidden_states)
 
@@ -284,9 +312,6 @@ def _score(
     # torch drops tangents at a custom op without a word.
     if any(unpack_dual(tensor).tangent is not None for tensor in (hidden, *head.tensors())):
         raise RuntimeError("dilkern.linear_logps has no forward-mode derivative: use backward.")
-    if shift:
-        labels = labels.clone()
-        labels[..., :1] = ignore_index
     hidden, flat = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     outputs: tuple[Tensor, ...] = _linear_logps(
         hidden,

@@ -1,43 +1,16 @@
 """The small op in one kernel launch: from token log-probs to a pointwise DIL loss and its slopes.
 
-The same numbers as `preference_loss`, without its dozens of small launches; it serves the h-functions
-that have a Triton twin. S sequences, T tokens (flat). Equations: docs/math.md.
+It serves the h-functions that have a Triton twin; `preference.py` says when. S sequences, T tokens
+(flat). Equations: docs/math.md.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from dilkern.sequence_loss import (
-    PreferenceLossOutput,
-    Settings,
-    check_both_sides,
-    check_strict,
-    clipped,
-    split,
-    sum_per_sequence,
-)
-
-_TRITON_INSTALLED = find_spec("triton") is not None
-
-
-def serves(settings: Settings, backend: str, token_logps: Tensor) -> bool:
-    """Whether the kernel computes this loss here; else the torch path does."""
-    s = settings
-    on_gpu = token_logps.device.type in ("cuda", "xpu")
-    return (
-        _TRITON_INSTALLED
-        and (backend == "triton" or (backend == "auto" and on_gpu))
-        and token_logps.dtype is torch.float32
-        and s.entry.triton is not None
-        and len(s.params) < 2
-        and not (s.pairwise or s.label_smoothing or s.mixture or s.sft_weight)
-    )
 
 
 @torch.library.custom_op("dilkern::pointwise_loss", mutates_args=())
@@ -96,61 +69,41 @@ def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
 _pointwise.register_autograd(_backward, setup_context=_setup_context)
 
 
+class PointwiseLoss(NamedTuple):
+    loss: Tensor  # (), differentiable in the token log-probs
+    logps: Tensor  # (S,) summed, nats
+    log_ratios: Tensor  # (S,) f, per token if length-normalised
+    values: Tensor  # (S,) l_1 or l_-1 of beta f
+
+
 def pointwise_loss(
-    token_logps: Tensor,  # (S, L) or (T,)
+    token_logps: Tensor,  # (S, L) or (T,), fp32
     scored: Tensor,  # like token_logps, bool
-    settings: Settings,
+    bounds: Tensor,  # (S+1,) first token of each sequence in the flat order
+    is_chosen: Tensor,  # (S,) bool
+    factor: Tensor,  # (S,) what each sequence counts in the loss
     *,
-    cu_seqlens: Tensor | None,  # (S+1,)
-    ref_logps: Tensor | None,  # (S,), the shape of token_logps, or None: f = log pi_theta
-    is_chosen: Tensor | None,  # (S,) bool
-    weights: Tensor | None,  # (S,)
-    counts: tuple[Tensor | float, Tensor | float] | None,
-    strict: bool,
-) -> PreferenceLossOutput:
-    """Compute what `preference_loss` computes, for settings that `serves` accepts."""
-    s, device = settings, token_logps.device
-    lengths = sum_per_sequence(scored.to(token_logps.dtype), cu_seqlens)
-    bounds = cu_seqlens
-    if bounds is None:
-        bounds = torch.arange(token_logps.shape[0] + 1, device=device) * token_logps.shape[1]
-    sides = torch.arange(lengths.shape[0], device=device) < lengths.shape[0] // 2
-    sides = sides if is_chosen is None else is_chosen
-    if counts is None and is_chosen is not None:
-        check_both_sides(int(sides.sum()), int((~sides).sum()))
-    valid = lengths > 0
-    factor = valid.to(token_logps.dtype)
-    if weights is not None:
-        factor = factor * weights.detach()
-    count_w, count_l = ((valid & sides).sum(), (valid & ~sides).sum()) if counts is None else counts
-    count = torch.where(sides, count_w, count_l)
-    factor = factor / torch.where(count > 0, count, 1)
-    by_token = ref_logps is not None and ref_logps.shape == token_logps.shape
-    reference = None if ref_logps is None else ref_logps.to(token_logps.dtype)
-    loss, logps, f, values, _ = _pointwise(
-        token_logps.reshape(-1), scored.reshape(-1), bounds, sides, factor,
-        reference.reshape(-1) if by_token and reference is not None else None,
-        None if by_token else reference,
-        s.entry.triton or "", s.beta, s.length_normalize,
-        float("inf") if s.limit is None else s.limit,
-        next(iter(s.params.values()), 0.0),
-    )  # fmt: skip
-    (f_w, f_l), (logps_w, logps_l) = split(f, is_chosen), split(logps, is_chosen)
-    (n_w, n_l), (values_w, values_l) = split(lengths, is_chosen), split(values, is_chosen)
-    hits_w, hits_l = clipped(s.beta * f_w, True, s), clipped(s.beta * f_l, False, s)
-    clip_fraction = check_strict(torch.cat([hits_w, hits_l]), f, s, strict)
-    return PreferenceLossOutput(
-        loss,
-        logps_w,
-        logps_l,
-        f_w,
-        f_l,
-        clip_fraction,
-        n_w,
-        n_l,
-        values_w,
-        values_l,
-        hits_w,
-        hits_l,
-        s.beta,
+    ref_token_logps: Tensor | None,  # like token_logps
+    ref_logps: Tensor | None,  # (S,)
+    twin: str,  # name in dilkern.kernels.h_functions
+    beta: float,
+    length_normalize: bool,
+    limit: float,  # inf for none
+    param: float,  # of h
+) -> PointwiseLoss:
+    """Compute the sum over sequences of factor * l_{1 or -1}(beta f)."""
+    outputs = _pointwise(
+        token_logps.reshape(-1),
+        scored.reshape(-1),
+        bounds,
+        is_chosen,
+        factor,
+        None if ref_token_logps is None else ref_token_logps.reshape(-1),
+        ref_logps,
+        twin,
+        beta,
+        length_normalize,
+        limit,
+        param,
     )
+    return PointwiseLoss(*outputs[:4])

@@ -128,6 +128,21 @@ def check_positive(name: str, value: Any) -> None:
         reject(f"`{name}` must be a number > 0 and finite", repr(value), f"Pass e.g. {name}=1.0.")
 
 
+def check_bool(name: str, value: Any) -> None:
+    """Only a bool passes: another project's integer would be taken for True."""
+    if not isinstance(value, bool):
+        reject(f"`{name}` must be True or False", repr(value), f"Pass {name}=True or {name}=False.")
+
+
+def check_ignore_index(value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        reject(
+            "`ignore_index` must be an integer",
+            repr(value),
+            "Pass -100, or a number that is no word: then every label is scored.",
+        )
+
+
 def check_choice(name: str, value: Any, choices: Any) -> None:
     if value not in choices:
         known = ", ".join(sorted(map(str, choices)))

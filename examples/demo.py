@@ -28,8 +28,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # an uninstalled checkout works too
 
-from dilkern import linear_logps, preference_loss  # noqa: E402
-from dilkern.sequence_loss import PreferenceLossOutput  # noqa: E402
+from dilkern import PreferenceLossOutput, linear_logps, preference_loss  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAX_LENGTH = 192

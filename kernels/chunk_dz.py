@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dilkern.kernels import configs
+from dilkern.kernels.operands import dense
 from dilkern.kernels.tile_math import add_bias, store_dz_tile
 
 
@@ -79,16 +80,17 @@ def chunk_dz(
 ) -> None:
     """Write g (1[v = y] - p_v) (1 - (z_v / softcap)^2); see tile_math.store_dz_tile."""
     n, v = z.shape
+    assert z.stride(1) == dz.stride(1) == 1
     config = configs.chunk(z.device)
     tiles = triton.cdiv(v, config.block)
     _chunk_dz_kernel[(tiles * triton.cdiv(n, config.block_t),)](
         z,
-        bias,
-        labels,
-        lse[0],
-        lse[1],
-        miss,
-        g,
+        dense(bias),
+        dense(labels),
+        dense(lse[0]),
+        dense(lse[1]),
+        dense(miss),
+        dense(g),
         dz,
         n,
         v,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dilkern.kernels import configs
+from dilkern.kernels.operands import dense
 from dilkern.kernels.tile_math import add_bias, store_softmax_tile
 
 _FREE = ["n", "v", "start", "tiles", "store_p"]
@@ -85,11 +86,12 @@ def chunk_softmax(
     config = configs.chunk(z.device)
     tiles = triton.cdiv(v, config.block)
     assert exponents.shape == sums.shape == (n, tiles) and exponents.is_contiguous()
+    assert sums.is_contiguous() and z.stride(1) == p.stride(1) == 1
     _chunk_softmax_kernel[(tiles * triton.cdiv(n, config.block_t),)](
         z,
-        bias,
-        labels,
-        reference,
+        dense(bias),
+        dense(labels),
+        dense(reference),
         exponents,
         sums,
         p,

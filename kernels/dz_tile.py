@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dilkern.kernels import configs
-from dilkern.kernels.operands import tile_operands
+from dilkern.kernels.operands import dense, tile_operands
 from dilkern.kernels.tile_math import add_bias, product, store_dz_tile
 
 
@@ -102,17 +102,18 @@ def dz_tile(
 ) -> None:
     """Write g (1[v = y] - p_v) (1 - (z_v / softcap)^2); see tile_math.store_dz_tile."""
     n, v = dz.shape
+    assert dz.stride(1) == 1
     config = configs.tile(h.device, h.dtype)
     operands = tile_operands(h, weight, config)
     _dz_tile_kernel[(triton.cdiv(v, config.block_v) * triton.cdiv(n, config.block_t),)](
         operands.h,
         operands.w,
-        bias,
-        labels,
-        lse[0],
-        lse[1],
-        miss,
-        g,
+        dense(bias),
+        dense(labels),
+        dense(lse[0]),
+        dense(lse[1]),
+        dense(miss),
+        dense(g),
         dz,
         n,
         v,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dilkern.kernels import configs
+from dilkern.kernels.operands import dense
 from dilkern.kernels.tile_math import SLACK
 
 
@@ -91,10 +92,12 @@ def fold_block(
 ) -> None:
     """Update the rows' state by one vocabulary block."""
     n, tiles = exponents.shape
+    assert all(state.is_contiguous() for state in (top, total, reference))
+    assert p.stride(1) == u.stride(1) == 1
     config = configs.fold(exponents.device)
     _fold_block_kernel[(triton.cdiv(n, config.block_t),)](
-        exponents,
-        sums,
+        dense(exponents),
+        dense(sums),
         top,
         total,
         reference,

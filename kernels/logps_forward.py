@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dilkern.kernels import configs
-from dilkern.kernels.operands import tile_operands
+from dilkern.kernels.operands import dense, tile_operands
 from dilkern.kernels.tile_math import add_bias, product, store_softmax_tile
 
 
@@ -108,13 +108,14 @@ def logps_forward(
     config = configs.tile(h.device, h.dtype)
     tiles = triton.cdiv(v, config.block_v)
     assert exponents.shape == sums.shape == (n, tiles) and exponents.is_contiguous()
+    assert sums.is_contiguous() and p.stride(1) == 1
     operands = tile_operands(h, weight, config)
     _logps_forward_kernel[(tiles * triton.cdiv(n, config.block_t),)](
         operands.h,
         operands.w,
-        bias,
-        labels,
-        reference,
+        dense(bias),
+        dense(labels),
+        dense(reference),
         exponents,
         sums,
         p,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dilkern.kernels import configs
-from dilkern.kernels.operands import on_device
+from dilkern.kernels.operands import dense, on_device
 
 
 @triton.jit(do_not_specialize=["n", "start"])
@@ -112,13 +112,13 @@ def nf4_dequant(
     if grid:
         with on_device(out):
             _nf4_dequant_kernel[(grid,)](
-                weight.packed,
-                weight.code,
-                weight.absmax,
-                weight.nested_code,
-                weight.nested_absmax,
+                dense(weight.packed),
+                dense(weight.code),
+                dense(weight.absmax),
+                dense(weight.nested_code),
+                dense(weight.nested_absmax),
                 weight.offset,
-                ids,
+                dense(ids),
                 out,
                 n,
                 d,

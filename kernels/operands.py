@@ -19,6 +19,19 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.xpu.device_of(tensor) if tensor.is_xpu else nullcontext()
 
 
+def dense(vector: Tensor | None) -> Tensor | None:
+    """Return what a kernel reads by index alone, without gaps: the tensor itself or a copy of it.
+
+    A launcher calls this for every such input, since nobody else knows what its pointers assume.
+    """
+    return None if vector is None else vector.contiguous()
+
+
+def dense_rows(matrix: Tensor) -> Tensor:
+    """Return `matrix` (r, D) itself if the elements of a row lie side by side, else a copy."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
 class Operands(NamedTuple):
     h: Any
     w: Any

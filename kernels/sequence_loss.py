@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dilkern.kernels import configs
-from dilkern.kernels.operands import on_device
+from dilkern.kernels.operands import dense, on_device
 
 
 @triton.jit
@@ -81,8 +81,8 @@ class SequenceLoss(NamedTuple):
 
 
 def sequence_loss(
-    token_logps: Tensor,  # (T,) fp32, contiguous
-    scored: Tensor,  # (T,) bool, contiguous
+    token_logps: Tensor,  # (T,) fp32
+    scored: Tensor,  # (T,) bool
     bounds: Tensor,  # (S + 1,) integer, rising from 0 to T
     is_chosen: Tensor,  # (S,) bool
     factor: Tensor,  # (S,) fp32
@@ -109,13 +109,13 @@ def sequence_loss(
     if sequences:
         with on_device(token_logps):
             _sequence_loss_kernel[(sequences,)](
-                token_logps,
-                ref_token_logps,
-                ref_logps,
-                scored,
-                bounds,
-                is_chosen,
-                factor,
+                dense(token_logps),
+                dense(ref_token_logps),
+                dense(ref_logps),
+                dense(scored),
+                dense(bounds),
+                dense(is_chosen),
+                dense(factor),
                 logps,
                 ratios,
                 values,

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dilkern.kernels import configs
+from dilkern.kernels.operands import dense, dense_rows
 from dilkern.kernels.tile_math import logits
 
 
@@ -45,8 +46,8 @@ def _target_logit_kernel(
 
 
 def target_logit(
-    h: Tensor,  # (n, D), rows contiguous
-    w_y: Tensor,  # (n, D), rows contiguous
+    h: Tensor,  # (n, D)
+    w_y: Tensor,  # (n, D)
     out: Tensor,  # (n,) fp32, written
     *,
     bias: Tensor | None = None,  # (n,) the labels' biases
@@ -55,11 +56,13 @@ def target_logit(
 ) -> None:
     """Write z_y = softcap tanh(scale (w_y . h + b_y) / softcap)."""
     n, d = h.shape
+    assert out.is_contiguous()
+    h, w_y = dense_rows(h), dense_rows(w_y)
     config = configs.dot(h.device)
     _target_logit_kernel[(triton.cdiv(n, config.block_t),)](
         h,
         w_y,
-        bias,
+        dense(bias),
         out,
         n,
         d,

@@ -20,9 +20,12 @@ from transformers.utils.generic import ModelOutput
 
 from dilkern.lm_head import LMHead
 from dilkern.lm_head.modules import unwrap
-from dilkern.logps import linear_logps
-from dilkern.losses import get_loss
-from dilkern.sequence_loss import PreferenceLossOutput, preference_loss, preference_metrics
+from dilkern.logps import linear_logps, mask_first_labels
+from dilkern.losses import Loss
+from dilkern.objective import Objective
+from dilkern.options import LossKeywords, Unpack
+from dilkern.output import PreferenceLossOutput, preference_metrics
+from dilkern.preference import Counts, loss_from_token_logps
 from dilkern.validation import name_of, reject
 
 IGNORE_INDEX = -100
@@ -154,38 +157,12 @@ def remove_head(model: Any) -> None:
     del model._dil_head, model._dil_previous, model._dil_forward
 
 
-class SequenceTerms(NamedTuple):
-    """The inputs of `preference_loss`, one entry per sequence."""
-
-    logps: Tensor  # (S,)
-    lengths: Tensor  # (S,)
-    log_ratios: Tensor | None  # (S,)
-
-
-def sequence_terms(
-    token_logps: Tensor,  # (S, L)
-    labels: Tensor,  # (S, L)
-    *,
-    ref_token_logps: Tensor | None = None,  # (S, L)
-    ref_logps: Tensor | None = None,  # (S,)
-) -> SequenceTerms:
-    """Sum token log-probs per sequence, and take the differences to the reference token by token."""
-    scored: Tensor = labels != IGNORE_INDEX
-    scored[:, 0] = False  # nothing predicts the first token
-    logps = token_logps.sum(1)
-    log_ratios = None
-    if ref_token_logps is not None:
-        log_ratios = (token_logps - ref_token_logps.to(token_logps.dtype)).sum(1)
-    elif ref_logps is not None:
-        log_ratios = logps - ref_logps.to(logps)
-    return SequenceTerms(logps, scored.sum(1).to(logps.dtype), log_ratios)
-
-
 def labels_of(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return `labels` of a batch, or input_ids where completion_mask is 1 and -100 elsewhere."""
-    if "labels" in inputs:
-        return inputs["labels"]
-    return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
+    """Return `labels` of a batch, or input_ids where completion_mask is 1; -100 where not scored."""
+    labels = inputs.get("labels")
+    if labels is None:
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
+    return mask_first_labels(labels, ignore_index=IGNORE_INDEX)
 
 
 # Reference log-probs as a dataset of `DILTrainer` holds them.
@@ -203,7 +180,12 @@ def compute_loss(
     inputs: Mapping[str, Any],
     *,
     ref_model: Any = None,
-    **options: Any,
+    loss: str | Loss | Objective = "lsif",
+    params: Mapping[str, float] | None = None,
+    weights: Tensor | None = None,  # (S,)
+    counts: Counts | None = None,
+    kl_log_ratios: Tensor | None = None,
+    **options: Unpack[LossKeywords],
 ) -> PreferenceLossOutput:
     """Compute a preference loss of one batch, for any training loop.
 
@@ -216,7 +198,7 @@ def compute_loss(
         ref_model: a frozen model; None: `ref_logps` of the batch, or for a loss with a reference and
             a PEFT model the model with its adapter disabled, in the mode that it is in: dropout of
             the base model, if it has any, acts on both.
-        **options: keywords of `preference_loss`, e.g. loss="bce", beta=0.5.
+        loss, params, weights, counts, kl_log_ratios, **options: see `preference_loss`.
 
     Returns:
         PreferenceLossOutput.
@@ -238,9 +220,8 @@ def compute_loss(
             )
         return token_logps[:, -labels.shape[1] :]  # prompt tuning puts virtual tokens in front
 
-    ref_logps = inputs.get("ref_logps")
-    ref_token_logps = None
-    entry = get_loss(options.get("loss", "lsif"))
+    objective = Objective.of(loss, params, options)
+    entry, ref_logps = objective.loss, inputs.get("ref_logps")
     unread = [name for name in _BY_SIDE if name in inputs]
     if ref_model is not None and (ref_logps is not None or not entry.reference):
         unread.append("ref_model")
@@ -255,25 +236,26 @@ def compute_loss(
         adapted = model.module if hasattr(model, "module") else model
         if ref_model is None and not hasattr(adapted, "disable_adapter"):
             reject(
-                f"loss {options.get('loss', 'lsif')!r} needs a reference",
+                f"loss {entry.name!r} needs a reference",
                 "no ref_model, no ref_logps in the batch, no PEFT adapter to disable",
                 "Pass one of them, or take a loss without a reference such as 'simpo'.",
             )
         with torch.no_grad():
             if ref_model is not None:
-                ref_token_logps = score(ref_model)
+                ref_logps = score(ref_model)
             else:
                 with adapted.disable_adapter():
-                    ref_token_logps = score(model)
-    terms = sequence_terms(
-        score(model), labels, ref_token_logps=ref_token_logps, ref_logps=ref_logps
-    )
-    return preference_loss(
-        terms.logps,
-        terms.lengths,
-        log_ratios=terms.log_ratios,
+                    ref_logps = score(model)
+    return loss_from_token_logps(
+        objective,
+        score(model),
+        labels != IGNORE_INDEX,
+        ref_logps=ref_logps,
         is_chosen=inputs.get("is_chosen"),
-        **options,
+        weights=weights,
+        counts=counts,
+        kl_log_ratios=kl_log_ratios,
+        backend=unwrap(model)._dil_head.backend,
     )
 
 
@@ -284,7 +266,7 @@ class PreferenceMixin:
 
     Args:
         *args, **kwargs: as `transformers.Trainer`.
-        preference: keywords of `preference_loss`, e.g. {"loss": "bce"}.
+        preference: an `Objective`, or keywords of one, e.g. {"loss": "bce", "beta": 0.5}.
         ref_model: a second model, frozen here; None: see `compute_loss`.
 
     Raises:
@@ -305,7 +287,7 @@ class PreferenceMixin:
     def __init__(
         self,
         *args: Any,
-        preference: Mapping[str, Any] | None = None,
+        preference: Mapping[str, Any] | Objective | None = None,
         ref_model: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -317,7 +299,9 @@ class PreferenceMixin:
                 "Set remove_unused_columns=False in TrainingArguments.",
             )
         self.model_accepts_loss_kwargs = False  # transformers before 5.19 reads this instead
-        self.preference = dict(preference or {})
+        self.objective = (
+            preference if isinstance(preference, Objective) else Objective(**(preference or {}))
+        )
         self.ref_model = ref_model
         for model in (self.model, ref_model):
             if model is not None:
@@ -331,7 +315,7 @@ class PreferenceMixin:
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the loss of a batch and keep its metrics for the next log."""
-        output = compute_loss(model, inputs, ref_model=self.ref_model, **self.preference)
+        output = compute_loss(model, inputs, ref_model=self.ref_model, loss=self.objective)
         metrics = preference_metrics(output)
         kept = self._preference_metrics["" if model.training else "eval_"]
         for name, value in zip(metrics, torch.stack(list(metrics.values())).tolist()):

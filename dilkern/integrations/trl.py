@@ -26,19 +26,19 @@ from dilkern.integrations.collators import UnpairedCollator, mismatched
 from dilkern.integrations.data import check_completions
 from dilkern.integrations.packing import check_packing, score_packed
 from dilkern.integrations.transformers import (
+    IGNORE_INDEX,
     DILOutput,
-    SequenceTerms,
     install_head,
     keep_trainable,
     labels_of,
     model_inputs,
-    sequence_terms,
 )
 from dilkern.integrations.trl_config import DILConfig
 from dilkern.lm_head import absent, as_head
 from dilkern.lm_head.modules import unwrap
-from dilkern.losses import Loss, get_loss
-from dilkern.sequence_loss import PreferenceLossOutput, preference_loss, preference_metrics
+from dilkern.losses import Loss
+from dilkern.output import PreferenceLossOutput, preference_metrics
+from dilkern.preference import loss_from_token_logps
 from dilkern.validation import reject
 
 __all__ = ["DILConfig", "DILTrainer"]
@@ -148,10 +148,9 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         ]:
             if next(iter(data), None) is None:
                 reject(f"`{name}` must have at least one row", "none", "Pass another one.")
-        entry = get_loss(args.loss_type)
         # Before the parent's __init__, which may call `compute_ref_log_probs`.
-        self._loss: Loss = entry
-        self._loss_options = args.loss_options()
+        self._objective = args.objective()
+        entry = self._objective.loss
         self._unpaired = _is_unpaired(dataset)
         given = not self._unpaired and "ref_chosen_logps" in next(iter(dataset))
         self._needs_reference = entry.reference and not args.reference_free and not given
@@ -394,19 +393,6 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         token_logps = self._ref_token_logps(model, inputs, labels_of(inputs))
         return token_logps.sum(1).chunk(2)
 
-    def _terms(
-        self, token_logps: Tensor, inputs: dict[str, Any], labels: Tensor, ref: Tensor | None
-    ) -> SequenceTerms:
-        if ref is not None:
-            return sequence_terms(token_logps, labels, ref_token_logps=ref)
-        ref_logps = None
-        if self._loss.reference and not self.args.reference_free:
-            ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-        terms = sequence_terms(token_logps, labels, ref_logps=ref_logps)
-        if self._loss.reference and self.args.reference_free:
-            terms = terms._replace(log_ratios=terms.logps)
-        return terms
-
     def _kl_log_ratios(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Score mismatched pairs under policy and reference, for KTO's baseline; all ranks' values."""
         rotated = mismatched(
@@ -425,30 +411,37 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         mode = "train" if self.model.training else "eval"
         labels = labels_of(inputs)
-        ref = None
+        ref_logps = None
         if self._needs_reference and "ref_chosen_logps" not in inputs:
             # Before the policy, whose activations then do not lie beside it.
             scorer = self.ref_model if self.ref_model is not None else self.model
-            ref = self._ref_token_logps(scorer, inputs, labels)
-        options = dict(self._loss_options)
-        if self._loss.baseline:
-            options["kl_log_ratios"] = self._kl_log_ratios(model, inputs)
+            ref_logps = self._ref_token_logps(scorer, inputs, labels)
+        elif self._objective.loss.reference and not self.args.reference_free:
+            ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        kl_log_ratios = None
+        if self._objective.loss.baseline:
+            kl_log_ratios = self._kl_log_ratios(model, inputs)
         aux = getattr(self, "aux_loss_enabled", False)
         outputs = self._score(
             model, inputs, labels, **({"output_router_logits": True} if aux else {})
         )
         assert outputs.token_logps is not None
-        terms = self._terms(outputs.token_logps, inputs, labels, ref)
-        if "is_chosen" in inputs:
-            output = self._unpaired_loss(terms, inputs["is_chosen"], options)
-        else:
-            output = preference_loss(
-                terms.logps, terms.lengths, log_ratios=terms.log_ratios, **options
-            )
+        scored, is_chosen = labels != IGNORE_INDEX, inputs.get("is_chosen")
+        output = loss_from_token_logps(
+            self._objective,
+            outputs.token_logps,
+            scored,
+            ref_logps=ref_logps,
+            reference_free=self._objective.loss.reference and self.args.reference_free,
+            is_chosen=is_chosen,
+            counts=None if is_chosen is None else self._counts(scored, is_chosen),
+            kl_log_ratios=kl_log_ratios,
+            backend=self.args.backend,
+        )
         loss = output.loss
         metrics = self._gathered_metrics(output)
-        if "kl_log_ratios" in options:
-            metrics["kl"] = options["kl_log_ratios"].mean().clamp(min=0).item()
+        if kl_log_ratios is not None:
+            metrics["kl"] = kl_log_ratios.mean().clamp(min=0).item()
         if aux and outputs.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
             metrics["aux_loss"] = self.accelerator.gather(outputs.aux_loss.detach()).mean().item()
@@ -463,24 +456,13 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 return loss, model(**model_inputs(inputs))
         return loss
 
-    def _unpaired_loss(
-        self, terms: SequenceTerms, is_chosen: Tensor, options: dict[str, Any]
-    ) -> PreferenceLossOutput:
-        """The loss of single completions, each kind averaged over its count on all ranks."""
-        logps, lengths, log_ratios = terms
-        valid = lengths > 0
-        counts = torch.stack([(valid & is_chosen).sum(), (valid & ~is_chosen).sum()]).float()
+    def _counts(self, scored: Tensor, is_chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Completions of either kind on all ranks: gradients are averaged, hence the count per rank."""
+        there = scored.any(1)
+        counts = torch.stack([(there & is_chosen).sum(), (there & ~is_chosen).sum()]).float()
         if self.accelerator.num_processes > 1:
-            # Gradients are averaged over the ranks, hence the global count per rank.
             counts = self.accelerator.reduce(counts, "sum") / self.accelerator.num_processes
-        return preference_loss(
-            logps,
-            lengths,
-            log_ratios=log_ratios,
-            is_chosen=is_chosen,
-            counts=(counts[0], counts[1]),
-            **options,
-        )
+        return counts[0], counts[1]
 
     def _gathered_metrics(self, output: PreferenceLossOutput) -> dict[str, float]:
         """Metrics over the sequences of all ranks, one sync; what has no sequence is left out."""

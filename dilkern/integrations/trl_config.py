@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -15,7 +14,8 @@ from trl.trainer.dpo_config import DPOConfig
 from dilkern.backends.base import BACKENDS
 from dilkern.integrations.packing import check_attention
 from dilkern.losses import get_loss
-from dilkern.sequence_loss import preference_loss
+from dilkern.objective import Objective
+from dilkern.options import OPTION_NAMES, LossOptions
 from dilkern.validation import check_choice, check_positive, reject
 
 # Options of DPOConfig that DILTrainer does not have: (name, the value that means "not asked for",
@@ -50,16 +50,14 @@ def _check_report_to(names: Any) -> None:
 
 
 @dataclass
-class DILConfig(DPOConfig):  # type: ignore[misc]
+class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
     """`DPOConfig` with the losses of dilkern.
 
     Args:
         loss_type: name or alias of a loss in `dilkern.losses.LOSSES`.
         loss_params: its own parameters, e.g. {"lam": -0.5} for "power".
-        beta, length_normalize, pairing, max_log_ratio, label_smoothing, mixture, sft_weight: see
-            `preference_loss`; None is the default of the loss (for max_log_ratio: no limit).
+        beta, length_normalize, ..., strict: the fields of `dilkern.options.LossOptions`.
         reference_free: f = log pi_theta on purpose, no reference model is loaded or run.
-        strict: raise where a log-ratio is beyond max_log_ratio.
         padding_free: run the model on one row of all sequences without padding; results are the same.
         backend, workspace_mib: see `linear_logps`.
         logging_nan_inf_filter: as in `TrainingArguments`, but off: a loss of NaN is logged as NaN,
@@ -83,20 +81,7 @@ class DILConfig(DPOConfig):  # type: ignore[misc]
     loss_params: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Parameters of the loss."}
     )
-    beta: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Temperature."}
-    )
-    length_normalize: bool | None = field(
-        default=None, metadata={"help": "Divide log-ratios by the number of completion tokens."}
-    )
-    pairing: str | None = field(default=None, metadata={"help": "pointwise or pairwise."})
-    max_log_ratio: float | None = field(
-        default=10.0, metadata={"help": "Exponentials continue linearly beyond it."}
-    )
-    mixture: float = field(default=0.0, metadata={"help": "Chosen share in the denominator."})
-    sft_weight: float | None = field(default=None, metadata={"help": "Weight of the chosen NLL."})
     reference_free: bool = field(default=False, metadata={"help": "Use no reference."})
-    strict: bool = field(default=False, metadata={"help": "Raise beyond max_log_ratio."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Log the mean so far in place of a loss of NaN."}
     )
@@ -151,26 +136,10 @@ class DILConfig(DPOConfig):  # type: ignore[misc]
                 "precompute_ref_log_probs=True",
                 "Set precompute_ref_log_probs=False.",
             )
-        zeros = torch.zeros(2)
-        preference_loss(  # every other rule of the loss, before anything is loaded
-            zeros,
-            torch.ones(2),
-            log_ratios=zeros if entry.reference else None,
-            kl_log_ratios=zeros if entry.baseline else None,
-            **self.loss_options(),
-        )
+        self.objective()  # every other rule of the loss, before anything is loaded
 
-    def loss_options(self) -> dict[str, Any]:
-        """Return the keywords of `preference_loss` that this configuration asks for."""
-        return {
-            "loss": self.loss_type,
-            "params": self.loss_params,
-            "beta": self.beta,
-            "length_normalize": self.length_normalize,
-            "pairing": self.pairing,
-            "max_log_ratio": self.max_log_ratio,
-            "label_smoothing": self.label_smoothing,
-            "mixture": self.mixture,
-            "sft_weight": self.sft_weight,
-            "strict": self.strict,
-        }
+    def objective(self) -> Objective:
+        """Return the loss that this configuration asks for, with its options."""
+        options: Any = {name: getattr(self, name) for name in OPTION_NAMES}
+        params: Any = self.loss_params
+        return Objective(self.loss_type, params, **options)

@@ -10,7 +10,7 @@ import pytest
 import tomllib
 
 import dilkern
-from dilkern import LOSSES
+from dilkern import LOSSES, LossOptions
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,13 +19,16 @@ LEVELS = {
     "dilkern.kernels": 0,
     "dilkern.validation": 1,
     "dilkern.curves": 1,
+    "dilkern.options": 1,
+    "dilkern.output": 1,
     "dilkern.losses": 2,
     "dilkern.backends": 3,
     "dilkern.lm_head": 4,
     "dilkern.reference": 4,
     "dilkern.logps": 5,
-    "dilkern.sequence_loss": 5,
-    "dilkern.pointwise": 6,
+    "dilkern.objective": 5,
+    "dilkern.pointwise": 5,
+    "dilkern.preference": 6,
     "dilkern.functional": 7,
     "dilkern.integrations": 8,
     "dilkern.cli": 9,
@@ -119,6 +122,20 @@ def test_public_names_are_documented():
             assert part in doc, f"{name}: {part}"
         for argument in inspect.signature(getattr(dilkern, name)).parameters:
             assert argument in doc, f"{name}: `{argument}` is not documented"
+
+
+def test_options_stand_once():
+    """The keywords that editors see are the fields of LossOptions, each with a help text."""
+    from dataclasses import fields
+    from typing import get_type_hints
+
+    from dilkern.options import LossKeywords
+
+    assert get_type_hints(LossKeywords) == get_type_hints(LossOptions)
+    for field in fields(LossOptions):
+        assert field.metadata["help"].endswith("."), field.name
+        for function in ("fused_dil_loss", "fused_preference_loss", "preference_loss"):
+            assert field.name not in inspect.signature(getattr(dilkern, function)).parameters
 
 
 def test_readme_loss_table_is_the_registry():

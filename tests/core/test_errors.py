@@ -7,6 +7,7 @@ from batches import batch
 from dilkern import (
     DenseHead,
     DILLoss,
+    Objective,
     fused_dil_loss,
     fused_preference_loss,
     linear_logps,
@@ -52,6 +53,9 @@ H, W, Y = torch.randn(4, 6, 8), torch.randn(11, 8), torch.randint(0, 11, (4, 6))
             r"`workspace_mib` must be a number > 0 and finite; received 0",
         ),
         ((H, W, Y), {"workspace_mib": 1e-5}, r"`workspace_mib` must be at least .* Raise"),
+        ((H, W, Y), {"shift": 2}, r"`shift` must be True or False; received 2"),
+        ((H, W, Y), {"shift": -1}, r"`shift` must be True or False; received -1"),
+        ((H, W, Y), {"ignore_index": None}, r"`ignore_index` must be an integer; received None"),
         ((H.to("meta"), W, Y), {}, r"`labels` and `hidden_states` must be on one device"),
         ((H, W.to("meta"), Y), {}, r"`lm_head` and `hidden_states` must be on one device"),
     ],
@@ -125,7 +129,6 @@ CU = torch.tensor([0, 6, 12, 18, 24])
         ({**REF, "pairing": "triplet"}, r"`pairing` can be 'pairwise'.*received pairing='triplet'"),
         ({**REF, "sft_weight": -1}, r"`sft_weight` must be a number >= 0; received -1"),
         ({**REF, "weights": torch.ones(3)}, r"`weights` must have the shape of `logps`, \(4,\)"),
-        ({**REF, "kl_log_ratios": torch.ones(3)}, r"is not used by loss 'lsif'"),
         ({**REF, "is_chosen": torch.ones(4)}, r"`is_chosen` must be a bool tensor of shape \(4,\)"),
         ({**REF, "is_chosen": torch.ones(4).bool()}, r"received 4 chosen, 0 rejected"),
         ({**REF, "is_chosen": torch.zeros(4).bool()}, r"received 0 chosen, 4 rejected"),
@@ -137,9 +140,20 @@ def test_fused_dil_loss(options, message):
         fused_dil_loss(H, W, Y, **options)
 
 
-def test_an_unknown_argument_is_not_swallowed():
-    with pytest.raises(TypeError, match="betta"):
-        fused_dil_loss(H, W, Y, **REF, betta=1.0)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda **typo: fused_dil_loss(H, W, Y, **REF, **typo),
+        lambda **typo: fused_preference_loss(H, W, Y, loss="dpo", **REF, **typo),
+        lambda **typo: preference_loss(torch.zeros(4), torch.ones(4), **typo),
+        lambda **typo: DILLoss("bce", **typo),
+        lambda **typo: Objective("bce", **typo),
+    ],
+    ids=["fused_dil_loss", "fused_preference_loss", "preference_loss", "DILLoss", "Objective"],
+)
+def test_a_typo_is_named_with_what_was_meant(use):
+    with pytest.raises(TypeError, match=r"'lable_smoothing'; did you mean 'label_smoothing'\?"):
+        use(lable_smoothing=0.1)
 
 
 def test_odd_batch_without_is_chosen():
@@ -186,6 +200,13 @@ def test_packed(cu_seqlens, message):
         ("dpo", {**REF, "mixture": 0.5}, r"`mixture` goes with a pointwise h-function"),
         ("dpo", {**REF, "is_chosen": torch.ones(4).bool()}, r"pairwise loss 'dpo' needs pairs"),
         ("kto", REF, r"`kl_log_ratios` is required by loss 'kto'"),
+        ("lsif", {**REF, "kl_log_ratios": torch.ones(3)}, r"is not used by loss 'lsif'"),
+        (
+            "robust",
+            {**REF, "label_smoothing": 0.1, "params": {"epsilon": 0.2}},
+            r"must be given once; received label_smoothing=0.1 and epsilon=0.2",
+        ),
+        (Objective("bce"), {**REF, "beta": 0.5}, r"Objective as `loss` brings its own.*beta"),
     ],
 )
 def test_fused_preference_loss(loss, options, message):
@@ -216,9 +237,13 @@ def test_preference_loss_reference():
         preference_loss(logps, n, loss="sft", log_ratios=logps)
 
 
-def test_module_checks_h_at_construction():
+def test_module_checks_h_and_options_at_construction():
     with pytest.raises(ValueError, match="`h` must be one of"):
         DILLoss("nope")
+    with pytest.raises(ValueError, match="`beta` must be a number > 0"):
+        DILLoss("bce", beta=-1.0)
+    with pytest.raises(ValueError, match="`h` must be an h-function"):
+        DILLoss(Objective("dpo"))
 
 
 def test_message_has_three_parts():

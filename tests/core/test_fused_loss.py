@@ -8,6 +8,7 @@ from batches import batch
 
 from dilkern import (
     DILLoss,
+    Objective,
     fused_dil_loss,
     fused_preference_loss,
     linear_logps,
@@ -221,6 +222,16 @@ def test_module_is_the_function():
     same = fused_dil_loss(states, weight, labels, ref_hidden_states=other, h="bce", beta=0.3)
     torch.testing.assert_close(out.loss, same.loss)
     assert "beta=0.3" in repr(module)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "beta": 0.3}], ids=str)
+def test_an_objective_stands_for_a_name_and_its_options(options):
+    states, weight, labels, other = batch()
+    kw, objective = {"ref_hidden_states": other}, Objective("bce", **options)
+    named = fused_dil_loss(states, weight, labels, h="bce", **kw, **options).loss
+    assert torch.equal(fused_dil_loss(states, weight, labels, h=objective, **kw).loss, named)
+    out = fused_preference_loss(states, weight, labels, loss=objective, **kw)
+    assert torch.equal(out.loss, named)
 
 
 def test_outputs_beside_the_loss_are_detached():

@@ -172,6 +172,14 @@ def test_label_smoothing_mixes_with_swapped_sides(name):
     torch.testing.assert_close(mixed, 0.8 * plain + 0.2 * flipped)
 
 
+@pytest.mark.parametrize("name", ["cdpo", "robust"])
+def test_label_smoothing_is_epsilon_where_the_loss_has_one(name):
+    logps, f = torch.zeros(2), torch.tensor([0.3, -0.2])
+    kw = {"log_ratios": f, "loss": name}
+    here = preference_loss(logps, torch.ones(2), params={"epsilon": 0.3}, **kw).loss
+    assert torch.equal(preference_loss(logps, torch.ones(2), label_smoothing=0.3, **kw).loss, here)
+
+
 @pytest.mark.parametrize("t", [0.25, 0.5, 1.0])
 def test_mixture_denominator_shifts_the_minimiser(t):
     p, q = 0.6, 0.2

@@ -133,7 +133,7 @@ def test_loss_parameters_arrive(quick, tmp_path):
     config = DILConfig(
         str(tmp_path), **COMMON, loss_type="power", loss_params='{"lam": -0.5}', beta=0.5
     )
-    assert config.loss_options()["params"] == {"lam": -0.5}
+    assert config.objective().params == {"lam": -0.5}
     assert json.loads(config.to_json_string())["loss_type"] == "power"
     reference = {"ref_model": tiny.build(seed=3)}
     one = losses(quick(loss_type="power", loss_params={"lam": 1.0}, init=reference, max_steps=1))

@@ -70,7 +70,7 @@ def test_it_is_the_kernel_that_ran(monkeypatch):
     calls = []
     run = pointwise.pointwise_loss
     monkeypatch.setattr(
-        "dilkern.functional.pointwise_loss", lambda *a, **k: calls.append(1) or run(*a, **k)
+        "dilkern.preference.pointwise_loss", lambda *a, **k: calls.append(1) or run(*a, **k)
     )
     states, weight, labels, other, _ = problem("padded")
     kw = {"ref_hidden_states": other, "backend": "triton"}

@@ -1,0 +1,241 @@
+"""A loss with its options settled: what is minimised, as value and slope of one or two numbers.
+
+f is the log-ratio of a sequence, x = beta f, m = beta (f_chosen - f_rejected). Equations: docs/math.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dilkern.curves import extended, on_extension, smoothed
+from dilkern.losses import Loss, get_loss, merge_params
+from dilkern.options import LossKeywords, LossOptions, Unpack, check_option_names
+from dilkern.validation import check_positive, is_number, reject
+
+
+def _check_fraction(name: str, value: float, upper: float) -> None:
+    if not is_number(value) or not 0 <= value <= upper:
+        reject(f"`{name}` must be in [0, {upper}]", repr(value), f"Pass e.g. {name}=0.1.")
+
+
+class Objective:
+    """A loss of the registry with its options, checked and with all defaults in place.
+
+    `fused_dil_loss(h=...)`, `fused_preference_loss(loss=...)` and `preference_loss(loss=...)` take one
+    in the place of a name: an option set is then checked once and used often.
+
+    Args:
+        loss: name or alias in `dilkern.losses.LOSSES`, or a `Loss`.
+        params: parameters of the loss, e.g. {"lam": -0.5} for "power".
+        **options: the fields of `dilkern.options.LossOptions`.
+
+    Raises:
+        ValueError: an option that the loss does not have, or out of its range.
+        TypeError: an option that no loss has, with the nearest name.
+
+    Example:
+        >>> from dilkern import Objective
+        >>> Objective("dpo").beta
+        0.1
+        >>> Objective("bce", label_smoothing=0.1)
+        Objective('bce', beta=1.0, length_normalize=True, label_smoothing=0.1)
+    """
+
+    def __init__(
+        self,
+        loss: str | Loss = "lsif",
+        params: Mapping[str, Any] | None = None,
+        **options: Unpack[LossKeywords],
+    ) -> None:
+        check_option_names(options)
+        entry, asked = get_loss(loss), LossOptions(**options)
+        self.loss = entry
+        if asked.label_smoothing and "epsilon" in entry.params:
+            params = self._epsilon(params, asked)
+        self.params = merge_params(entry, params)
+        self.growth = entry.growth(**self.params)
+        self.beta = self._settled_beta(asked.beta)
+        self.pairwise = self._settled_pairing(asked.pairing) == "pairwise"
+        self.length_normalize = (
+            entry.length_normalize if asked.length_normalize is None else asked.length_normalize
+        )
+        self.max_log_ratio = asked.max_log_ratio
+        self.label_smoothing, self.mixture = asked.label_smoothing, asked.mixture
+        self.sft_weight = entry.sft_weight if asked.sft_weight is None else asked.sft_weight
+        self.strict = asked.strict
+        self._check(asked)
+
+    def _epsilon(self, params: Mapping[str, Any] | None, asked: LossOptions) -> Mapping[str, Any]:
+        """What TRL's users call label_smoothing is the parameter epsilon of "cdpo" and "robust"."""
+        if params and "epsilon" in params:
+            reject(
+                f"the flip probability of loss {self.loss.name!r} must be given once",
+                f"label_smoothing={asked.label_smoothing} and epsilon={params['epsilon']}",
+                "Drop one of them.",
+            )
+        params = {**(params or {}), "epsilon": asked.label_smoothing}
+        asked.label_smoothing = 0.0
+        return params
+
+    def _settled_beta(self, beta: float | None) -> float:
+        entry = self.loss
+        if beta is None:
+            return 1.0 if entry.beta is None else entry.beta
+        if entry.beta is None:
+            reject(
+                f"loss {entry.name!r} has no beta",
+                f"beta={beta}",
+                f"Its parameters are: {dict(entry.params) or 'none'}.",
+            )
+        check_positive("beta", beta)
+        return beta
+
+    def _settled_pairing(self, pairing: str | None) -> str:
+        entry = self.loss
+        if pairing is None or pairing == entry.pairing:
+            return entry.pairing
+        if entry.bregman is None or pairing != "pairwise":
+            reject(
+                "`pairing` can be 'pairwise' for h-functions only, and is fixed for other losses",
+                f"pairing={pairing!r} for {entry.name!r}",
+                f"Use pairing={entry.pairing!r} or leave it out.",
+            )
+        return pairing
+
+    def _check(self, asked: LossOptions) -> None:
+        entry = self.loss
+        if self.max_log_ratio is not None:
+            check_positive("max_log_ratio", self.max_log_ratio)
+        elif self.strict:
+            reject(
+                "`strict` holds log-ratios to `max_log_ratio`",
+                "strict=True and max_log_ratio=None",
+                "Give a max_log_ratio, or set strict=False.",
+            )
+        _check_fraction("label_smoothing", self.label_smoothing, 0.5)
+        if self.label_smoothing and not entry.smoothing:
+            reject(
+                f"label_smoothing is not defined for loss {entry.name!r}",
+                f"label_smoothing={self.label_smoothing}",
+                "Use 'dpo', 'cdpo', 'robust' or an h-function, or set it to 0.",
+            )
+        _check_fraction("mixture", self.mixture, 1.0)
+        if self.mixture and (entry.bregman is None or self.pairwise):
+            reject(
+                "`mixture` goes with a pointwise h-function",
+                f"mixture={self.mixture} for {entry.name!r}, "
+                f"pairing={'pairwise' if self.pairwise else entry.pairing!r}",
+                "Set mixture=0.",
+            )
+        if self.label_smoothing and self.mixture:
+            reject(
+                "`label_smoothing` and `mixture` cannot be combined",
+                f"label_smoothing={self.label_smoothing}, mixture={self.mixture}",
+                "Set one of them to 0.",
+            )
+        if not is_number(self.sft_weight) or self.sft_weight < 0:
+            reject(
+                "`sft_weight` must be a number >= 0",
+                repr(self.sft_weight),
+                "Pass e.g. sft_weight=0.1.",
+            )
+
+    @classmethod
+    def of(
+        cls,
+        loss: str | Loss | Objective,
+        params: Mapping[str, Any] | None,
+        options: LossKeywords,
+        *,
+        bregman_only: bool = False,
+        argument: str = "loss",
+    ) -> Objective:
+        """Return the objective that a caller asks for: by name and options, or as it is.
+
+        Raises:
+            ValueError: an `Objective` together with options, which it has already; as the class.
+        """
+        if isinstance(loss, Objective):
+            given = [*(["params"] if params is not None else []), *options]
+            if given:
+                reject(
+                    f"an Objective as `{argument}` brings its own options",
+                    ", ".join(given),
+                    "Give them where the Objective is made.",
+                )
+            get_loss(loss.loss, bregman_only=bregman_only, argument=argument)
+            return loss
+        return cls(get_loss(loss, bregman_only=bregman_only, argument=argument), params, **options)
+
+    def __repr__(self) -> str:
+        shown: dict[str, Any] = {"params": self.params} if self.params else {}
+        shown |= {"beta": self.beta, "length_normalize": self.length_normalize}
+        if self.pairwise and self.loss.pairing != "pairwise":
+            shown["pairing"] = "pairwise"
+        for name in ("max_log_ratio", "label_smoothing", "mixture", "sft_weight", "strict"):
+            value = getattr(self, name)
+            usual = self.loss.sft_weight if name == "sft_weight" else getattr(LossOptions, name)
+            if value != usual:
+                shown[name] = value
+        texts = [repr(self.loss.name), *(f"{name}={value!r}" for name, value in shown.items())]
+        return f"Objective({', '.join(texts)})"
+
+    def of_sequence(self, x: Tensor, chosen: bool) -> tuple[Tensor, Tensor]:
+        """Value and slope of one side of a pointwise loss (10), with smoothing (12) or mixture (13)."""
+        e, t = self.label_smoothing, self.mixture
+        weights = (1 - e, e + t) if chosen else (e, (1 - e) * (1 - t))
+        curves = (self.loss.chosen, self.loss.rejected)
+        sides = [
+            (weight, extended(curve, growth, self.max_log_ratio, x, self.params))
+            for weight, curve, growth in zip(weights, curves, self.growth)
+            if weight and curve is not None
+        ]
+        value = sum((weight * v for weight, (v, _) in sides), start=torch.zeros_like(x))
+        slope = sum((weight * d for weight, (_, d) in sides), start=torch.zeros_like(x))
+        return value, slope
+
+    def of_pair(self, m: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and slope of a pairwise loss of the margin (11)."""
+        entry, limit = self.loss, self.max_log_ratio
+        chosen, rejected = entry.chosen, entry.rejected
+        assert chosen is not None
+        params = {k: v for k, v in self.params.items() if k not in entry.transform_params}
+
+        def curve(x: Tensor) -> tuple[Tensor, Tensor]:
+            if entry.bregman is None:
+                return chosen(x, **params)
+            assert rejected is not None
+            v1, d1 = extended(chosen, self.growth[0], limit, x, params)
+            v2, d2 = extended(rejected, self.growth[1], limit, -x, params)
+            return v1 + v2, d1 - d2
+
+        return smoothed(curve, m, self.label_smoothing) if self.label_smoothing else curve(m)
+
+    def transformed(self, f: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and slope of the loss's transform of f (f-DPO, ORPO); f itself where it has none."""
+        entry = self.loss
+        if entry.transform is None:
+            return f, torch.ones_like(f)
+        params = {k: self.params[k] for k in entry.transform_params}
+        return extended(entry.transform, self.growth[0], self.max_log_ratio, f, params)
+
+    def clipped_sequence(self, x: Tensor, chosen: bool) -> Tensor:
+        """Where x, or f under a transform, is on the linear extension of a curve in use: bool."""
+        if self.loss.transform is not None:
+            return on_extension(self.growth[0], self.max_log_ratio, x)
+        e = self.label_smoothing
+        in_use = (True, bool(e or self.mixture)) if chosen else (bool(e), self.mixture < 1)
+        clipped = torch.zeros_like(x, dtype=torch.bool)
+        for growth, used in zip(self.growth, in_use):
+            if used:
+                clipped = clipped | on_extension(growth, self.max_log_ratio, x)
+        return clipped
+
+    def clipped_pair(self, m: Tensor) -> Tensor:
+        """Where a margin is on the linear extension of one of the two curves: bool."""
+        up, down = self.growth
+        return on_extension(up, self.max_log_ratio, m) | on_extension(down, self.max_log_ratio, -m)
