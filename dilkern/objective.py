@@ -6,6 +6,7 @@ f is the log-ratio of a sequence, x = beta f, m = beta (f_chosen - f_rejected). 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from dilkern.curves import extended, on_extension, smoothed
 from dilkern.losses import Loss, get_loss, merge_params
 from dilkern.options import LossKeywords, LossOptions, Unpack, check_option_names
-from dilkern.validation import check_positive, is_number, reject
+from dilkern.validation import check_bool, check_positive, is_number, reject
 
 
 def _check_fraction(name: str, value: float, upper: float) -> None:
@@ -63,11 +64,9 @@ class Objective:
         self.length_normalize = (
             entry.length_normalize if asked.length_normalize is None else asked.length_normalize
         )
-        self.max_log_ratio = asked.max_log_ratio
-        self.label_smoothing, self.mixture = asked.label_smoothing, asked.mixture
         self.sft_weight = entry.sft_weight if asked.sft_weight is None else asked.sft_weight
-        self.strict = asked.strict
-        self._check(asked)
+        self.options = asked
+        self._check()
 
     def _epsilon(self, params: Mapping[str, Any] | None, asked: LossOptions) -> Mapping[str, Any]:
         """What TRL's users call label_smoothing is the parameter epsilon of "cdpo" and "robust"."""
@@ -106,35 +105,37 @@ class Objective:
             )
         return pairing
 
-    def _check(self, asked: LossOptions) -> None:
-        entry = self.loss
-        if self.max_log_ratio is not None:
-            check_positive("max_log_ratio", self.max_log_ratio)
-        elif self.strict:
+    def _check(self) -> None:
+        entry, o = self.loss, self.options
+        check_bool("length_normalize", self.length_normalize)
+        check_bool("strict", o.strict)
+        if o.max_log_ratio is not None:
+            check_positive("max_log_ratio", o.max_log_ratio)
+        elif o.strict:
             reject(
                 "`strict` holds log-ratios to `max_log_ratio`",
                 "strict=True and max_log_ratio=None",
                 "Give a max_log_ratio, or set strict=False.",
             )
-        _check_fraction("label_smoothing", self.label_smoothing, 0.5)
-        if self.label_smoothing and not entry.smoothing:
+        _check_fraction("label_smoothing", o.label_smoothing, 0.5)
+        if o.label_smoothing and not entry.smoothing:
             reject(
                 f"label_smoothing is not defined for loss {entry.name!r}",
-                f"label_smoothing={self.label_smoothing}",
+                f"label_smoothing={o.label_smoothing}",
                 "Use 'dpo', 'cdpo', 'robust' or an h-function, or set it to 0.",
             )
-        _check_fraction("mixture", self.mixture, 1.0)
-        if self.mixture and (entry.bregman is None or self.pairwise):
+        _check_fraction("mixture", o.mixture, 1.0)
+        if o.mixture and (entry.bregman is None or self.pairwise):
             reject(
                 "`mixture` goes with a pointwise h-function",
-                f"mixture={self.mixture} for {entry.name!r}, "
+                f"mixture={o.mixture} for {entry.name!r}, "
                 f"pairing={'pairwise' if self.pairwise else entry.pairing!r}",
                 "Set mixture=0.",
             )
-        if self.label_smoothing and self.mixture:
+        if o.label_smoothing and o.mixture:
             reject(
                 "`label_smoothing` and `mixture` cannot be combined",
-                f"label_smoothing={self.label_smoothing}, mixture={self.mixture}",
+                f"label_smoothing={o.label_smoothing}, mixture={o.mixture}",
                 "Set one of them to 0.",
             )
         if not is_number(self.sft_weight) or self.sft_weight < 0:
@@ -174,23 +175,20 @@ class Objective:
     def __repr__(self) -> str:
         shown: dict[str, Any] = {"params": self.params} if self.params else {}
         shown |= {"beta": self.beta, "length_normalize": self.length_normalize}
-        if self.pairwise and self.loss.pairing != "pairwise":
-            shown["pairing"] = "pairwise"
-        for name in ("max_log_ratio", "label_smoothing", "mixture", "sft_weight", "strict"):
-            value = getattr(self, name)
-            usual = self.loss.sft_weight if name == "sft_weight" else getattr(LossOptions, name)
-            if value != usual:
-                shown[name] = value
+        for field in fields(LossOptions):
+            value = getattr(self.options, field.name)
+            if value != field.default:
+                shown.setdefault(field.name, value)
         texts = [repr(self.loss.name), *(f"{name}={value!r}" for name, value in shown.items())]
         return f"Objective({', '.join(texts)})"
 
     def of_sequence(self, x: Tensor, chosen: bool) -> tuple[Tensor, Tensor]:
         """Value and slope of one side of a pointwise loss (10), with smoothing (12) or mixture (13)."""
-        e, t = self.label_smoothing, self.mixture
+        e, t = self.options.label_smoothing, self.options.mixture
         weights = (1 - e, e + t) if chosen else (e, (1 - e) * (1 - t))
         curves = (self.loss.chosen, self.loss.rejected)
         sides = [
-            (weight, extended(curve, growth, self.max_log_ratio, x, self.params))
+            (weight, extended(curve, growth, self.options.max_log_ratio, x, self.params))
             for weight, curve, growth in zip(weights, curves, self.growth)
             if weight and curve is not None
         ]
@@ -200,7 +198,7 @@ class Objective:
 
     def of_pair(self, m: Tensor) -> tuple[Tensor, Tensor]:
         """Value and slope of a pairwise loss of the margin (11)."""
-        entry, limit = self.loss, self.max_log_ratio
+        entry, limit = self.loss, self.options.max_log_ratio
         chosen, rejected = entry.chosen, entry.rejected
         assert chosen is not None
         params = {k: v for k, v in self.params.items() if k not in entry.transform_params}
@@ -213,7 +211,8 @@ class Objective:
             v2, d2 = extended(rejected, self.growth[1], limit, -x, params)
             return v1 + v2, d1 - d2
 
-        return smoothed(curve, m, self.label_smoothing) if self.label_smoothing else curve(m)
+        e = self.options.label_smoothing
+        return smoothed(curve, m, e) if e else curve(m)
 
     def transformed(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """Value and slope of the loss's transform of f (f-DPO, ORPO); f itself where it has none."""
@@ -221,21 +220,21 @@ class Objective:
         if entry.transform is None:
             return f, torch.ones_like(f)
         params = {k: self.params[k] for k in entry.transform_params}
-        return extended(entry.transform, self.growth[0], self.max_log_ratio, f, params)
+        return extended(entry.transform, self.growth[0], self.options.max_log_ratio, f, params)
 
     def clipped_sequence(self, x: Tensor, chosen: bool) -> Tensor:
         """Where x, or f under a transform, is on the linear extension of a curve in use: bool."""
+        e, t, limit = self.options.label_smoothing, self.options.mixture, self.options.max_log_ratio
         if self.loss.transform is not None:
-            return on_extension(self.growth[0], self.max_log_ratio, x)
-        e = self.label_smoothing
-        in_use = (True, bool(e or self.mixture)) if chosen else (bool(e), self.mixture < 1)
+            return on_extension(self.growth[0], limit, x)
+        in_use = (True, bool(e or t)) if chosen else (bool(e), t < 1)
         clipped = torch.zeros_like(x, dtype=torch.bool)
         for growth, used in zip(self.growth, in_use):
             if used:
-                clipped = clipped | on_extension(growth, self.max_log_ratio, x)
+                clipped = clipped | on_extension(growth, limit, x)
         return clipped
 
     def clipped_pair(self, m: Tensor) -> Tensor:
         """Where a margin is on the linear extension of one of the two curves: bool."""
-        up, down = self.growth
-        return on_extension(up, self.max_log_ratio, m) | on_extension(down, self.max_log_ratio, -m)
+        (chosen, rejected), limit = self.growth, self.options.max_log_ratio
+        return on_extension(chosen, limit, m) | on_extension(rejected, limit, -m)

@@ -174,9 +174,9 @@ def _at_least_one(count: Tensor | float) -> Tensor | float:
 
 def _refuse_clipped(objective: Objective, clipped: Tensor, f: Tensor) -> None:
     """With `strict` no sequence may be on the linear extension."""
-    if objective.strict and bool(clipped.any()):
+    if objective.options.strict and bool(clipped.any()):
         reject(
-            f"strict: every log-ratio must be within max_log_ratio={objective.max_log_ratio}",
+            f"strict: every log-ratio must be within max_log_ratio={objective.options.max_log_ratio}",
             f"{int(clipped.sum())} of {clipped.numel()} beyond it, largest |f| "
             f"{f.abs().max().item():.4g}",
             "Summed log-probs with an exponential h do this: use length_normalize=True, 'bce', or "
@@ -224,7 +224,7 @@ def _kernel_knows(objective: Objective, token_logps: Tensor, backend: str) -> bo
         and token_logps.dtype is torch.float32
         and o.loss.triton is not None
         and len(o.params) < 2
-        and not (o.pairwise or o.label_smoothing or o.mixture or o.sft_weight)
+        and not (o.pairwise or o.options.label_smoothing or o.options.mixture or o.sft_weight)
     )
 
 
@@ -346,7 +346,7 @@ def _loss_in_one_launch(
         twin=o.loss.triton or "",
         beta=o.beta,
         length_normalize=o.length_normalize,
-        limit=float("inf") if o.max_log_ratio is None else o.max_log_ratio,
+        limit=float("inf") if o.options.max_log_ratio is None else o.options.max_log_ratio,
         param=next(iter(o.params.values()), 0.0),
     )
     x = o.beta * result.log_ratios
