@@ -9,6 +9,7 @@ S sequences, P pairs, L positions.
 from __future__ import annotations
 
 import contextlib
+import logging
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,13 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id, use_a
 
 from dilkern.integrations.collators import UnpairedCollator, mismatched
 from dilkern.integrations.data import check_completions
+from dilkern.integrations.heads import (
+    adapter_alone,
+    check_adapter,
+    check_quantization,
+    is_tied,
+    quantize_lm_head,
+)
 from dilkern.integrations.packing import check_packing, score_packed
 from dilkern.integrations.transformers import (
     DILOutput,
@@ -42,6 +50,8 @@ from dilkern.sequence_loss import PreferenceLossOutput, preference_loss, prefere
 from dilkern.validation import reject
 
 __all__ = ["DILConfig", "DILTrainer"]
+
+logger = logging.getLogger(__name__)
 
 
 class _NoReference(torch.nn.Module):
@@ -156,16 +166,24 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         given = not self._unpaired and "ref_chosen_logps" in next(iter(dataset))
         self._needs_reference = entry.reference and not args.reference_free and not given
         self._check(entry, args, ref_model, given, kwargs)
-        self._packed, init = args.padding_free, args.model_init_kwargs
+        init: Any = args.model_init_kwargs
+        self._packed = args.padding_free
         config = (
             AutoConfig.from_pretrained(model, **_source(args))
             if isinstance(model, str)
             else model.config
         )
         self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        loads = kwargs.get("peft_config") is not None and isinstance(model, str)
+        loads = isinstance(model, str) and (
+            kwargs.get("peft_config") is not None or args.quantize_lm_head
+        )
         if loads:
-            model = self._load(model, args, kwargs)
+            model = self._load(model, config, args, kwargs)
+        tied = not isinstance(model, str) and is_tied(model)
+        if args.quantize_lm_head:
+            done = quantize_lm_head(model)
+            if done and args.process_index == 0:
+                logger.warning(done)  # the level that is shown without any setting
         if self._unpaired and kwargs.get("data_collator") is None:
             kwargs["data_collator"] = self._unpaired_collator(model, args, kwargs)
         if not self._needs_reference:
@@ -184,6 +202,8 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             self._until_installed.close()
         if not self._needs_reference:
             self.ref_model = None
+        if tied:
+            check_adapter(self.model)
         self._install(self.model)
         head = unwrap(self.model).get_output_embeddings()
         if not absent(head):
@@ -193,7 +213,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             head.train(mode)
 
     @staticmethod
-    def _load(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _load(name: str, config: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Load the model as the parent would, which puts the adapter on it and then looks at it."""
         init: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
         init.update(args.model_init_kwargs or {})
@@ -206,6 +226,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                     "Drop one of them.",
                 )
             init["quantization_config"] = quantization
+        check_quantization(config, init.get("quantization_config"), args.quantize_lm_head)
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             init["device_map"] = None  # "auto" would spread each rank's model over all GPUs
         if kwargs.get("processing_class") is None:
@@ -292,6 +313,10 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
     def tokens_trained(self) -> int:
         """Tokens of this run's batches on all ranks, prompts included, padding not."""
         return int(self._total_train_tokens)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with adapter_alone(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
+            super()._save(output_dir, state_dict)
 
     def _install(self, model: Any) -> None:
         self._until_installed.close()
