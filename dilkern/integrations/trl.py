@@ -18,12 +18,13 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_trainer import DataCollatorForVisionUnpairedPreference
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
-from dilkern.integrations.collators import UnpairedCollator, mismatched
+from dilkern.integrations.collators import UnpairedCollator, UnpairedVisionCollator, mismatched
 from dilkern.integrations.data import check_completions
 from dilkern.integrations.heads import (
     adapter_alone,
@@ -97,6 +98,10 @@ def _is_unpaired(dataset: Any) -> bool:
     return {"label", "completion"} <= set(columns) or "completion_ids" in columns
 
 
+def _has_images(dataset: Any) -> bool:
+    return not {"image", "images"}.isdisjoint(next(iter(dataset)))
+
+
 def _evals(kwargs: dict[str, Any]) -> list[Any]:
     """Return the evaluation datasets of the trainer's keywords: none, one, or those of a dict."""
     given = kwargs.get("eval_dataset")
@@ -158,6 +163,8 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         ]:
             if next(iter(data), None) is None:
                 reject(f"`{name}` must have at least one row", "none", "Pass another one.")
+            if _has_images(data):  # which the parent hands to the collator without a look
+                check_completions(data, name)
         entry = get_loss(args.loss_type)
         # Before the parent's __init__, which may call `compute_ref_log_probs`.
         self._loss: Loss = entry
@@ -265,6 +272,12 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 "an unpaired dataset (prompt, completion, label)",
                 "Set precompute_ref_log_probs=False.",
             )
+        if args.padding_free and _has_images(kwargs["train_dataset"]):
+            reject(
+                "padding_free takes text alone",
+                "a train_dataset with images",
+                "Set padding_free=False.",
+            )
         for dataset in _evals(kwargs):
             if given != ("ref_chosen_logps" in next(iter(dataset))):
                 reject(
@@ -279,17 +292,12 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                     "Convert one of them.",
                 )
         if entry.baseline:
-            for name, size in (
-                ("train_dataset", args.per_device_train_batch_size),
-                ("eval_dataset", args.per_device_eval_batch_size),
-            ):
-                data = kwargs.get(name)
-                rest = len(data) % size if isinstance(data, Dataset) else 0
-                if data is not None and (size < 2 or (rest == 1 and not args.dataloader_drop_last)):
+            for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+                if getattr(args, name) < 2 and ("train" in name or _evals(kwargs)):
                     reject(
                         f"loss {entry.name!r} needs batches of at least 2 examples, to mismatch them",
-                        f"{name}: batches of {size}, the last of {rest or size}",
-                        "Raise the batch size, or set dataloader_drop_last=True.",
+                        f"{name}={getattr(args, name)}",
+                        "Raise it; gradient_accumulation_steps may go down for it.",
                     )
 
     def _unpaired_collator(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -298,12 +306,23 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             processing_class = AutoProcessor.from_pretrained(name, **_source(args))
             kwargs["processing_class"] = processing_class
-        pad_token = args.pad_token or processing_class.pad_token or processing_class.eos_token
-        if pad_token not in processing_class.get_vocab():
+        processor = isinstance(processing_class, ProcessorMixin)
+        tokenizer: Any = processing_class.tokenizer if processor else processing_class
+        pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
+        if pad_token not in tokenizer.get_vocab():
             reject("`pad_token` must be in the vocabulary", repr(pad_token), "Name another token.")
-        processing_class.pad_token = pad_token
+        tokenizer.pad_token = pad_token
+        if processor and _has_images(kwargs["train_dataset"]):
+            return UnpairedVisionCollator(
+                DataCollatorForVisionUnpairedPreference(
+                    processing_class,
+                    max_length=args.max_length,
+                    calculate_kl=False,  # see `mismatched`
+                    pad_to_multiple_of=args.pad_to_multiple_of,
+                )
+            )
         return UnpairedCollator(
-            processing_class.pad_token_id,
+            tokenizer.pad_token_id,
             args.max_length,
             args.truncation_mode,
             args.pad_to_multiple_of,
@@ -385,7 +404,10 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        extra = {"completion_ids", "is_chosen"} - set(self._signature_columns)
+        names = (
+            {"completion", "label"} if self._is_vision_dataset else {"completion_ids", "is_chosen"}
+        )
+        extra = names - set(self._signature_columns)
         self._signature_columns += sorted(extra)
 
     def _score(self, model: Any, inputs: dict[str, Any], labels: Tensor, **extra: Any) -> DILOutput:
@@ -444,7 +466,11 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             if not self.args.reference_free:
                 scorer = self.ref_model if self.ref_model is not None else self.model
                 logps = logps - self._ref_token_logps(scorer, rotated, labels)
-            gathered: Tensor = self.accelerator.gather(logps.sum(1).mean())
+            mean = logps.sum(1).mean()
+            if len(labels) == (1 if self._unpaired else 2):
+                # What is left of an epoch: one example has nothing to be mismatched with.
+                mean = torch.zeros_like(mean)
+            gathered: Tensor = self.accelerator.gather(mean)
         return gathered
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
