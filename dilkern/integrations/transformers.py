@@ -182,10 +182,25 @@ def sequence_terms(
 
 
 def labels_of(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return `labels` of a batch, or input_ids where completion_mask is 1 and -100 elsewhere."""
+    """Return `labels` of a batch, or input_ids where completion_mask is 1 and -100 elsewhere.
+
+    Raises:
+        ValueError: none of the batch is to be scored, which would be a loss of 0 that says nothing.
+    """
     if "labels" in inputs:
-        return inputs["labels"]
-    return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
+        labels = inputs["labels"]
+    else:
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
+    if not torch.compiler.is_compiling() and not (labels[:, 1:] != IGNORE_INDEX).any():
+        reject(
+            "a batch must have a token to score, one of a completion with another before it",
+            f"labels of shape {tuple(labels.shape)}, all of them {IGNORE_INDEX}"
+            if "labels" in inputs
+            else f"completion_mask of shape {tuple(labels.shape)} without one",
+            "Look at the mask, and at truncation: a max_length that ends within the prompts leaves "
+            "no completion.",
+        )
+    return labels
 
 
 # Reference log-probs as a dataset of `DILTrainer` holds them.

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from trl.trainer.kto_trainer import DataCollatorForVisionUnpairedPreference
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
 from dilkern.integrations.collators import UnpairedCollator, UnpairedVisionCollator, mismatched
-from dilkern.integrations.data import check_completions
+from dilkern.integrations.data import check_completions, check_differences
 from dilkern.integrations.heads import (
     adapter_alone,
     check_adapter,
@@ -102,6 +103,12 @@ def _has_images(dataset: Any) -> bool:
     return not {"image", "images"}.isdisjoint(next(iter(dataset)))
 
 
+def _say(line: str | None, args: Any) -> None:
+    """Show a line once, at the level that is shown without any setting."""
+    if line is not None and args.process_index == 0:
+        logger.warning(line)
+
+
 def _evals(kwargs: dict[str, Any]) -> list[Any]:
     """Return the evaluation datasets of the trainer's keywords: none, one, or those of a dict."""
     given = kwargs.get("eval_dataset")
@@ -139,7 +146,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
     args: Any
     model: Any
     _signature_columns: Any
-    _tag_names = ["trl", "dil", "dilkern"]  # noqa: RUF012
+    _tag_names: Any = ["trl", "dil", "dilkern"]  # noqa: RUF012
     _name = "DIL"
     _paper = {  # noqa: RUF012
         "title": "On a Connection Between Imitation Learning and RLHF",
@@ -165,9 +172,14 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 reject(f"`{name}` must have at least one row", "none", "Pass another one.")
             if _has_images(data):  # which the parent hands to the collator without a look
                 check_completions(data, name)
+                if isinstance(data, Dataset) and "chosen" in data.column_names:
+                    pairs = data.select_columns(["chosen", "rejected"])
+                    equal = sum(row["chosen"] == row["rejected"] for row in pairs)
+                    _say(check_differences(equal, len(pairs), name), args)
         entry = get_loss(args.loss_type)
         # Before the parent's __init__, which may call `compute_ref_log_probs`.
         self._loss: Loss = entry
+        self._tag_names = [*type(self)._tag_names, entry.name]
         self._loss_options = args.loss_options()
         self._unpaired = _is_unpaired(dataset)
         given = not self._unpaired and "ref_chosen_logps" in next(iter(dataset))
@@ -188,9 +200,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             model = self._load(model, config, args, kwargs)
         tied = not isinstance(model, str) and is_tied(model)
         if args.quantize_lm_head:
-            done = quantize_lm_head(model)
-            if done and args.process_index == 0:
-                logger.warning(done)  # the level that is shown without any setting
+            _say(quantize_lm_head(model), args)
         if self._unpaired and kwargs.get("data_collator") is None:
             kwargs["data_collator"] = self._unpaired_collator(model, args, kwargs)
         if not self._needs_reference:
@@ -333,6 +343,17 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         """Tokens of this run's batches on all ranks, prompts included, padding not."""
         return int(self._total_train_tokens)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's card, with a name where it says None for what is not on the hub."""
+        super().create_model_card(*args, **kwargs)
+        path = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero() and path.is_file():
+            base = get_config_model_id(self.model.config) or unwrap(self.model).__class__.__name__
+            card = path.read_text(encoding="utf-8")
+            card = card.replace("[None](https://huggingface.co/None)", f"`{base}`")
+            card = card.replace('model="None"', f'model="{self.args.output_dir}"')
+            path.write_text(card, encoding="utf-8")
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with adapter_alone(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
             super()._save(output_dir, state_dict)
@@ -381,26 +402,43 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 "Raise max_length, or shorten the prompts.",
             )
         if isinstance(prepared, Dataset):
-            self._check_lengths(prepared, args.max_length, name)
+            self._check_tokens(prepared, args, f"{name} dataset")
         return prepared
 
-    def _check_lengths(self, prepared: Dataset, max_length: int | None, name: str) -> None:
-        """Refuse sequences with more tokens than the model has positions."""
-        positions = self._positions
-        if positions is None or (max_length is not None and max_length <= positions):
-            return
-        completions = [
-            c for c in ("chosen_ids", "rejected_ids", "completion_ids") if c in prepared[0]
-        ]
-        for number, row in enumerate(prepared.select_columns(["prompt_ids", *completions]), 1):
-            size = len(row["prompt_ids"]) + max(len(row[key]) for key in completions)
-            if min(size, max_length or size) > positions:
-                reject(
-                    f"{name} dataset, row {number} (tokenized): a sequence must fit into the "
-                    f"{positions} positions of the model",
-                    f"{size} tokens",
-                    f"Set max_length={positions}, drop the row, or take a model with more.",
-                )
+    def _check_tokens(self, prepared: Dataset, args: Any, name: str) -> None:
+        """Refuse sequences beyond the model's positions, nothing to score, and pairs of equals."""
+        longest, positions = args.max_length, self._positions
+        end = args.truncation_mode == "keep_end"
+        known = ("chosen_ids", "rejected_ids", "completion_ids")
+        columns = [column for column in known if column in prepared.column_names]
+        equal = 0
+        for number, row in enumerate(prepared.select_columns(["prompt_ids", *columns]), 1):
+            prompt, kept = len(row["prompt_ids"]), []
+            for column in columns:
+                completion = row[column]
+                size = prompt + len(completion)
+                if positions is not None and min(size, longest or size) > positions:
+                    reject(
+                        f"{name}, row {number} (tokenized): a sequence must fit into the "
+                        f"{positions} positions of the model",
+                        f"{size} tokens",
+                        f"Set max_length={positions}, drop the row, or take a model with more.",
+                    )
+                lost = max(size - longest, 0) if longest else 0
+                before = max(prompt - lost, 0) if end else prompt
+                if end:
+                    completion = completion[max(lost - prompt, 0) :]
+                else:
+                    completion = completion[: max(len(completion) - lost, 0)]
+                if len(completion) < (1 if before else 2):  # nothing predicts a first token
+                    reject(
+                        f"{name}, row {number} (tokenized): {column} must have a token to score",
+                        f"{len(row[column])} after a prompt of {prompt}, max_length={longest}",
+                        "Drop the row, or raise max_length.",
+                    )
+                kept.append(completion)
+            equal += len(kept) == 2 and kept[0] == kept[1]
+        _say(check_differences(equal, len(prepared), name), args)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

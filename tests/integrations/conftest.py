@@ -71,8 +71,7 @@ def quick(tmp_path, folder):
             model or folder,
             args=args,
             train_dataset=data,
-            processing_class=tiny.tokenizer(),
-            **(init or {}),
+            **{"processing_class": tiny.tokenizer(), **(init or {})},
         )
 
     return make

@@ -135,7 +135,7 @@ def save_llava(folder):
 
     words = copy.deepcopy(tokenizer())
     words.add_tokens(["<image>"], special_tokens=True)
-    # Without torchvision the class of this name is a stub; releases before 5.4 have no other.
+    # Where there are two, the one that needs no torchvision.
     images = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
     parts = (
         "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
