@@ -207,6 +207,7 @@ def train(
         precompute_ref_log_probs=precompute_ref_log_probs,
         backend=backend,
         workspace_mib=workspace_mib,
+        quantize_lm_head=quantize_lm_head,
         use_cpu=on_cpu,
         bf16=bf16,
         fp16=fp16,
@@ -248,7 +249,7 @@ def train(
         eval_dataset=eval_data,
         processing_class=tokenizer,
         peft_config=options.lora(lora_r, lora_alpha, lora_dropout, lora_target),
-        quantization_config=options.four_bit(compute, quantize_lm_head) if load_in_4bit else None,
+        quantization_config=options.four_bit(compute) if load_in_4bit else None,
         callbacks=[MetricsFile(output_dir / "metrics.jsonl")],
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)

@@ -146,21 +146,55 @@ class UnpairedCollator:
         }
 
 
+@dataclass
+class UnpairedVisionCollator:
+    """Process examples with images, prompt, completion and label as they come, chosen ones first.
+
+    Args:
+        inner: TRL's `DataCollatorForVisionUnpairedPreference`.
+    """
+
+    inner: Any
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        # Copies: TRL's collator takes images out of its examples.
+        examples = [dict(e) for e in sorted(examples, key=lambda example: not example["label"])]
+        batch: dict[str, Tensor] = dict(self.inner(examples))
+        batch["is_chosen"] = batch.pop("label").bool()
+        return batch
+
+
 def mismatched(
     inputs: dict[str, Any], pad_token_id: int, max_length: int | None, truncation_mode: str
-) -> dict[str, Tensor]:
-    """Pair each prompt with the completion of the next row: KTO's mismatched pairs."""
-    ids, completion = inputs["input_ids"], inputs["completion_mask"] == 1
+) -> dict[str, Any]:
+    """Pair each prompt with the completion of the next row: KTO's mismatched pairs.
+
+    What the batch has per token (S, L) goes with the tokens; all else, as images, belongs to the
+    prompts, whose order stays.
+
+    Raises:
+        ValueError: a batch with position_ids, which a mismatched pair has none of.
+    """
+    if "position_ids" in inputs:
+        reject(
+            "a loss of mismatched pairs needs a batch without position_ids",
+            "position_ids",
+            "Leave them to the model, or take another loss than 'kto'.",
+        )
+    completion = inputs["completion_mask"] == 1
     prompt = (inputs["attention_mask"] == 1) & ~completion
-    size = ids.shape[0]
-    rows, masks = [], []
-    for i in range(size):
-        head, tail = ids[i][prompt[i]], ids[(i + 1) % size][completion[(i + 1) % size]]
-        mask = torch.cat([torch.zeros_like(head), torch.ones_like(tail)])
-        rows.append(_cut(torch.cat([head, tail]), max_length, truncation_mode))
-        masks.append(_cut(mask, max_length, truncation_mode))
+    size = len(prompt)
+
+    def joined(values: Tensor, fill: int) -> Tensor:
+        rows = [
+            torch.cat([values[i][prompt[i]], values[j][completion[j]]])
+            for i, j in ((i, (i + 1) % size) for i in range(size))
+        ]
+        return _padded([_cut(row, max_length, truncation_mode) for row in rows], fill)
+
     return {
-        "input_ids": _padded(rows, pad_token_id),
-        "attention_mask": _padded([torch.ones_like(row) for row in rows], 0),
-        "completion_mask": _padded(masks, 0),
+        name: joined(value, pad_token_id if name == "input_ids" else 0)
+        if getattr(value, "shape", None) == prompt.shape
+        else value
+        for name, value in inputs.items()
     }

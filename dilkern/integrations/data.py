@@ -246,6 +246,24 @@ def check_completions(dataset: Any, name: str) -> None:
             _check_filled(f"{name}, row {number}", key, row[key])
 
 
+def check_differences(equal: int, rows: int, name: str) -> str | None:
+    """Refuse pairs that are all the same twice; return a line about it where some are.
+
+    Args:
+        equal: pairs whose chosen and rejected completions are equal.
+        rows: all pairs.
+        name: how messages call the dataset.
+    """
+    if rows and equal == rows:
+        reject(
+            f"{name}: chosen and rejected completions must differ",
+            f"the same twice in every row of {rows}",
+            "Check the columns, and max_length: cut before they part, two completions are one.",
+        )
+    what = "chosen and rejected are the same completion (as cut to max_length) and teach nothing"
+    return f"{name}: in {equal} of {rows} rows {what}" if equal else None
+
+
 def check_against_tokenizer(dataset: Any, tokenizer: Any, source: str) -> None:
     """Refuse conversational data where the tokenizer cannot render it.
 

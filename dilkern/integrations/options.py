@@ -101,14 +101,12 @@ def lora(rank: int, alpha: int | None, dropout: float, targets: list[str]) -> An
     )
 
 
-def four_bit(compute: torch.dtype, lm_head: bool) -> Any:
-    """Return the quantisation of --load-in-4bit: NF4, double, and of the lm_head too where asked."""
+def four_bit(compute: torch.dtype) -> Any:
+    """Return the quantisation of --load-in-4bit: NF4, double."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        # transformers leaves the lm_head in 16 bits by default; an empty list quantises it too.
-        llm_int8_skip_modules=[] if lm_head else None,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,

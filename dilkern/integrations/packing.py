@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from dilkern.integrations.transformers import IGNORE_INDEX, DILOutput
+from dilkern.integrations.transformers import IGNORE_INDEX, DILOutput, model_inputs
 from dilkern.lm_head.modules import unwrap
 from dilkern.validation import reject
 
@@ -40,7 +40,18 @@ def score_packed(
 
     Returns:
         DILOutput as of the padded batch, token_logps (S, L). See `check_packing`.
+
+    Raises:
+        ValueError: a batch with anything else for the model, such as images or token types: what
+            positions and masks a model makes of them in a packed row is its own affair.
     """
+    others = sorted(model_inputs(inputs).keys() - {"input_ids", "attention_mask"})
+    if others:
+        reject(
+            "padding_free takes batches of input_ids and attention_mask alone",
+            ", ".join(others),
+            "Set padding_free=False, or leave them out of the batch.",
+        )
     real = inputs["attention_mask"].bool()
     order = torch.arange(len(real), device=real.device)
     if pairs:

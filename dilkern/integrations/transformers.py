@@ -158,11 +158,25 @@ def remove_head(model: Any) -> None:
 
 
 def labels_of(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return `labels` of a batch, or input_ids where completion_mask is 1; -100 where not scored."""
+    """Return `labels` of a batch, or input_ids where completion_mask is 1; -100 where not scored.
+
+    Raises:
+        ValueError: none of the batch is to be scored, which would be a loss of 0 that says nothing.
+    """
     labels = inputs.get("labels")
     if labels is None:
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
-    return mask_first_labels(labels, ignore_index=IGNORE_INDEX)
+    labels = mask_first_labels(labels, ignore_index=IGNORE_INDEX)
+    if not torch.compiler.is_compiling() and not (labels != IGNORE_INDEX).any():
+        reject(
+            "a batch must have a token to score, one of a completion with another before it",
+            f"labels of shape {tuple(labels.shape)}, all of them {IGNORE_INDEX}"
+            if "labels" in inputs
+            else f"completion_mask of shape {tuple(labels.shape)} without one",
+            "Look at the mask, and at truncation: a max_length that ends within the prompts leaves "
+            "no completion.",
+        )
+    return labels
 
 
 # Reference log-probs as a dataset of `DILTrainer` holds them.

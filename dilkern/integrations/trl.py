@@ -9,21 +9,31 @@ S sequences, P pairs, L positions.
 from __future__ import annotations
 
 import contextlib
+import logging
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_trainer import DataCollatorForVisionUnpairedPreference
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
-from dilkern.integrations.collators import UnpairedCollator, mismatched
-from dilkern.integrations.data import check_completions
+from dilkern.integrations.collators import UnpairedCollator, UnpairedVisionCollator, mismatched
+from dilkern.integrations.data import check_completions, check_differences
+from dilkern.integrations.heads import (
+    adapter_alone,
+    check_adapter,
+    check_quantization,
+    is_tied,
+    quantize_lm_head,
+)
 from dilkern.integrations.packing import check_packing, score_packed
 from dilkern.integrations.transformers import (
     IGNORE_INDEX,
@@ -42,6 +52,8 @@ from dilkern.preference import loss_from_token_logps
 from dilkern.validation import reject
 
 __all__ = ["DILConfig", "DILTrainer"]
+
+logger = logging.getLogger(__name__)
 
 
 class _NoReference(torch.nn.Module):
@@ -87,6 +99,16 @@ def _is_unpaired(dataset: Any) -> bool:
     return {"label", "completion"} <= set(columns) or "completion_ids" in columns
 
 
+def _has_images(dataset: Any) -> bool:
+    return not {"image", "images"}.isdisjoint(next(iter(dataset)))
+
+
+def _say(line: str | None, args: Any) -> None:
+    """Show a line once, at the level that is shown without any setting."""
+    if line is not None and args.process_index == 0:
+        logger.warning(line)
+
+
 def _evals(kwargs: dict[str, Any]) -> list[Any]:
     """Return the evaluation datasets of the trainer's keywords: none, one, or those of a dict."""
     given = kwargs.get("eval_dataset")
@@ -124,7 +146,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
     args: Any
     model: Any
     _signature_columns: Any
-    _tag_names = ["trl", "dil", "dilkern"]  # noqa: RUF012
+    _tag_names: Any = ["trl", "dil", "dilkern"]  # noqa: RUF012
     _name = "DIL"
     _paper = {  # noqa: RUF012
         "title": "On a Connection Between Imitation Learning and RLHF",
@@ -148,23 +170,36 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         ]:
             if next(iter(data), None) is None:
                 reject(f"`{name}` must have at least one row", "none", "Pass another one.")
+            if _has_images(data):  # which the parent hands to the collator without a look
+                check_completions(data, name)
+                if isinstance(data, Dataset) and "chosen" in data.column_names:
+                    pairs = data.select_columns(["chosen", "rejected"])
+                    equal = sum(row["chosen"] == row["rejected"] for row in pairs)
+                    _say(check_differences(equal, len(pairs), name), args)
         # Before the parent's __init__, which may call `compute_ref_log_probs`.
         self._objective = args.objective()
         entry = self._objective.loss
+        self._tag_names = [*type(self)._tag_names, entry.name]
         self._unpaired = _is_unpaired(dataset)
         given = not self._unpaired and "ref_chosen_logps" in next(iter(dataset))
         self._needs_reference = entry.reference and not args.reference_free and not given
         self._check(entry, args, ref_model, given, kwargs)
-        self._packed, init = args.padding_free, args.model_init_kwargs
+        init: Any = args.model_init_kwargs
+        self._packed = args.padding_free
         config = (
             AutoConfig.from_pretrained(model, **_source(args))
             if isinstance(model, str)
             else model.config
         )
         self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        loads = kwargs.get("peft_config") is not None and isinstance(model, str)
+        loads = isinstance(model, str) and (
+            kwargs.get("peft_config") is not None or args.quantize_lm_head
+        )
         if loads:
-            model = self._load(model, args, kwargs)
+            model = self._load(model, config, args, kwargs)
+        tied = not isinstance(model, str) and is_tied(model)
+        if args.quantize_lm_head:
+            _say(quantize_lm_head(model), args)
         if self._unpaired and kwargs.get("data_collator") is None:
             kwargs["data_collator"] = self._unpaired_collator(model, args, kwargs)
         if not self._needs_reference:
@@ -183,6 +218,8 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             self._until_installed.close()
         if not self._needs_reference:
             self.ref_model = None
+        if tied:
+            check_adapter(self.model)
         self._install(self.model)
         head = unwrap(self.model).get_output_embeddings()
         if not absent(head):
@@ -192,7 +229,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             head.train(mode)
 
     @staticmethod
-    def _load(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _load(name: str, config: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Load the model as the parent would, which puts the adapter on it and then looks at it."""
         init: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
         init.update(args.model_init_kwargs or {})
@@ -205,6 +242,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                     "Drop one of them.",
                 )
             init["quantization_config"] = quantization
+        check_quantization(config, init.get("quantization_config"), args.quantize_lm_head)
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             init["device_map"] = None  # "auto" would spread each rank's model over all GPUs
         if kwargs.get("processing_class") is None:
@@ -243,6 +281,12 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 "an unpaired dataset (prompt, completion, label)",
                 "Set precompute_ref_log_probs=False.",
             )
+        if args.padding_free and _has_images(kwargs["train_dataset"]):
+            reject(
+                "padding_free takes text alone",
+                "a train_dataset with images",
+                "Set padding_free=False.",
+            )
         for dataset in _evals(kwargs):
             if given != ("ref_chosen_logps" in next(iter(dataset))):
                 reject(
@@ -257,17 +301,12 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                     "Convert one of them.",
                 )
         if entry.baseline:
-            for name, size in (
-                ("train_dataset", args.per_device_train_batch_size),
-                ("eval_dataset", args.per_device_eval_batch_size),
-            ):
-                data = kwargs.get(name)
-                rest = len(data) % size if isinstance(data, Dataset) else 0
-                if data is not None and (size < 2 or (rest == 1 and not args.dataloader_drop_last)):
+            for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+                if getattr(args, name) < 2 and ("train" in name or _evals(kwargs)):
                     reject(
                         f"loss {entry.name!r} needs batches of at least 2 examples, to mismatch them",
-                        f"{name}: batches of {size}, the last of {rest or size}",
-                        "Raise the batch size, or set dataloader_drop_last=True.",
+                        f"{name}={getattr(args, name)}",
+                        "Raise it; gradient_accumulation_steps may go down for it.",
                     )
 
     def _unpaired_collator(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -276,12 +315,23 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             processing_class = AutoProcessor.from_pretrained(name, **_source(args))
             kwargs["processing_class"] = processing_class
-        pad_token = args.pad_token or processing_class.pad_token or processing_class.eos_token
-        if pad_token not in processing_class.get_vocab():
+        processor = isinstance(processing_class, ProcessorMixin)
+        tokenizer: Any = processing_class.tokenizer if processor else processing_class
+        pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
+        if pad_token not in tokenizer.get_vocab():
             reject("`pad_token` must be in the vocabulary", repr(pad_token), "Name another token.")
-        processing_class.pad_token = pad_token
+        tokenizer.pad_token = pad_token
+        if processor and _has_images(kwargs["train_dataset"]):
+            return UnpairedVisionCollator(
+                DataCollatorForVisionUnpairedPreference(
+                    processing_class,
+                    max_length=args.max_length,
+                    calculate_kl=False,  # see `mismatched`
+                    pad_to_multiple_of=args.pad_to_multiple_of,
+                )
+            )
         return UnpairedCollator(
-            processing_class.pad_token_id,
+            tokenizer.pad_token_id,
             args.max_length,
             args.truncation_mode,
             args.pad_to_multiple_of,
@@ -291,6 +341,21 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
     def tokens_trained(self) -> int:
         """Tokens of this run's batches on all ranks, prompts included, padding not."""
         return int(self._total_train_tokens)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's card, with a name where it says None for what is not on the hub."""
+        super().create_model_card(*args, **kwargs)
+        path = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero() and path.is_file():
+            base = get_config_model_id(self.model.config) or unwrap(self.model).__class__.__name__
+            card = path.read_text(encoding="utf-8")
+            card = card.replace("[None](https://huggingface.co/None)", f"`{base}`")
+            card = card.replace('model="None"', f'model="{self.args.output_dir}"')
+            path.write_text(card, encoding="utf-8")
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with adapter_alone(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
+            super()._save(output_dir, state_dict)
 
     def _install(self, model: Any) -> None:
         self._until_installed.close()
@@ -336,30 +401,50 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 "Raise max_length, or shorten the prompts.",
             )
         if isinstance(prepared, Dataset):
-            self._check_lengths(prepared, args.max_length, name)
+            self._check_tokens(prepared, args, f"{name} dataset")
         return prepared
 
-    def _check_lengths(self, prepared: Dataset, max_length: int | None, name: str) -> None:
-        """Refuse sequences with more tokens than the model has positions."""
-        positions = self._positions
-        if positions is None or (max_length is not None and max_length <= positions):
-            return
-        completions = [
-            c for c in ("chosen_ids", "rejected_ids", "completion_ids") if c in prepared[0]
-        ]
-        for number, row in enumerate(prepared.select_columns(["prompt_ids", *completions]), 1):
-            size = len(row["prompt_ids"]) + max(len(row[key]) for key in completions)
-            if min(size, max_length or size) > positions:
-                reject(
-                    f"{name} dataset, row {number} (tokenized): a sequence must fit into the "
-                    f"{positions} positions of the model",
-                    f"{size} tokens",
-                    f"Set max_length={positions}, drop the row, or take a model with more.",
-                )
+    def _check_tokens(self, prepared: Dataset, args: Any, name: str) -> None:
+        """Refuse sequences beyond the model's positions, nothing to score, and pairs of equals."""
+        longest, positions = args.max_length, self._positions
+        end = args.truncation_mode == "keep_end"
+        known = ("chosen_ids", "rejected_ids", "completion_ids")
+        columns = [column for column in known if column in prepared.column_names]
+        equal = 0
+        for number, row in enumerate(prepared.select_columns(["prompt_ids", *columns]), 1):
+            prompt, kept = len(row["prompt_ids"]), []
+            for column in columns:
+                completion = row[column]
+                size = prompt + len(completion)
+                if positions is not None and min(size, longest or size) > positions:
+                    reject(
+                        f"{name}, row {number} (tokenized): a sequence must fit into the "
+                        f"{positions} positions of the model",
+                        f"{size} tokens",
+                        f"Set max_length={positions}, drop the row, or take a model with more.",
+                    )
+                lost = max(size - longest, 0) if longest else 0
+                before = max(prompt - lost, 0) if end else prompt
+                if end:
+                    completion = completion[max(lost - prompt, 0) :]
+                else:
+                    completion = completion[: max(len(completion) - lost, 0)]
+                if len(completion) < (1 if before else 2):  # nothing predicts a first token
+                    reject(
+                        f"{name}, row {number} (tokenized): {column} must have a token to score",
+                        f"{len(row[column])} after a prompt of {prompt}, max_length={longest}",
+                        "Drop the row, or raise max_length.",
+                    )
+                kept.append(completion)
+            equal += len(kept) == 2 and kept[0] == kept[1]
+        _say(check_differences(equal, len(prepared), name), args)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        extra = {"completion_ids", "is_chosen"} - set(self._signature_columns)
+        names = (
+            {"completion", "label"} if self._is_vision_dataset else {"completion_ids", "is_chosen"}
+        )
+        extra = names - set(self._signature_columns)
         self._signature_columns += sorted(extra)
 
     def _score(self, model: Any, inputs: dict[str, Any], labels: Tensor, **extra: Any) -> DILOutput:
@@ -405,7 +490,11 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             if not self.args.reference_free:
                 scorer = self.ref_model if self.ref_model is not None else self.model
                 logps = logps - self._ref_token_logps(scorer, rotated, labels)
-            gathered: Tensor = self.accelerator.gather(logps.sum(1).mean())
+            mean = logps.sum(1).mean()
+            if len(labels) == (1 if self._unpaired else 2):
+                # What is left of an epoch: one example has nothing to be mismatched with.
+                mean = torch.zeros_like(mean)
+            gathered: Tensor = self.accelerator.gather(mean)
         return gathered
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:

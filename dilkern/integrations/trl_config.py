@@ -60,6 +60,7 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
         reference_free: f = log pi_theta on purpose, no reference model is loaded or run.
         padding_free: run the model on one row of all sequences without padding; results are the same.
         backend, workspace_mib: see `linear_logps`.
+        quantize_lm_head: the lm_head too in 4 bits, for a model loaded in 4 bits; of a tied one a copy.
         logging_nan_inf_filter: as in `TrainingArguments`, but off: a loss of NaN is logged as NaN,
             where transformers would log the mean of the steps before it, at first 0.
 
@@ -87,6 +88,9 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
     )
     backend: str = field(default="auto", metadata={"help": "auto, torch or triton."})
     workspace_mib: float = field(default=256, metadata={"help": "Temporary memory of the head."})
+    quantize_lm_head: bool = field(
+        default=False, metadata={"help": "Put the lm_head too into 4 bits; of a tied one a copy."}
+    )
 
     def __post_init__(self) -> None:
         loss_type = self.loss_type

@@ -164,7 +164,9 @@ def _probe(causal: Any, backbone: Any, embeddings: nn.Module) -> tuple[Tensor, T
                 f"D={head.hidden_size}",
                 "What lies between them is unknown here; use full logits with this model.",
             )
-        dtypes.update((hidden.dtype, *head.strict_dtypes()))
+        # The module may round where the head does not: to the dtype of an adapter.
+        own = {p.dtype for p in embeddings.parameters()} & set(_TOLERANCE)
+        dtypes.update((hidden.dtype, *own))
         if '"eight_bit"' in head.spec():
             tolerance = _INT8_TOLERANCE
         return head.logits(hidden)

@@ -239,7 +239,9 @@ def four_bit_head(module: Any, **transforms: float) -> FourBitHead:
         reject(
             "a 4-bit lm_head must be quantised before it is used",
             f"{name} without quant_state",
-            "Move it to its device first: `module.to('cuda')` or `.to('cpu')` quantises it.",
+            "Move it to its device first: `module.to('cuda')` or `.to('cpu')` quantises it. An lm_head "
+            "tied to the embedding has lost its scales to the tie: load the model without "
+            "llm_int8_skip_modules; DILConfig(quantize_lm_head=True) quantises a copy.",
         )
     if getattr(state, "packing_format_for_cpu", False):
         reject(

@@ -25,6 +25,9 @@ THIRD_PARTY_WARNINGS = (
     "ignore:The following .*_pattern keys:RuntimeWarning",
     # peft, about saving the frozen embeddings beside an adapter on the lm_head.
     "ignore:Setting `save_embedding_layers`:UserWarning",
+    # peft, about an adapter on a tied layer, which DILTrainer then refuses or which is right.
+    "ignore:Model has `tie_word_embeddings=True`:UserWarning",
+    "ignore:Input and output embeddings are no longer tied:UserWarning",
 )
 
 
@@ -68,8 +71,7 @@ def quick(tmp_path, folder):
             model or folder,
             args=args,
             train_dataset=data,
-            processing_class=tiny.tokenizer(),
-            **(init or {}),
+            **{"processing_class": tiny.tokenizer(), **(init or {})},
         )
 
     return make

@@ -6,6 +6,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from training_runs import four_bit, losses, same_steps
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -120,6 +121,25 @@ def test_saved_and_reloaded(quick, tmp_path, folder):
     trainer.model.eval()
     assert torch.equal(trainer.model(ids).logits, fresh(ids).logits)
     assert not torch.equal(fresh(ids).logits, start)
+
+
+def layers_saved(folder):
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        return {name.split(".")[-2] for name in file.keys()}  # noqa: SIM118
+
+
+def test_the_frozen_lm_head_is_saved_only_where_the_base_has_another(quick, tmp_path, folder):
+    quick(init={"peft_config": adapter()}).save_model(str(tmp_path / "same"))
+    assert layers_saved(tmp_path / "same") == {"lora_A", "lora_B"}
+    for kind in ("resized", "from a config"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        if kind == "resized":
+            model.resize_token_embeddings(384)
+        else:
+            model = tiny.build()
+        trainer = quick(model, loss_type="simpo", init={"peft_config": adapter()})
+        trainer.save_model(str(tmp_path / kind))
+        assert layers_saved(tmp_path / kind) == {"lora_A", "lora_B", "base_layer"}, kind
 
 
 def test_what_the_head_cannot_do_is_refused_before_training(quick):

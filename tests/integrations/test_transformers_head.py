@@ -229,6 +229,23 @@ def test_compute_loss_takes_each_reference():
     assert compute_loss(adapted, batch).loss.item() == -0.5
 
 
+@pytest.mark.parametrize("kind", ["labels", "completion_mask"])
+def test_a_batch_without_a_token_to_score_is_refused(kind):
+    model, batch = tiny.build(), a_batch()
+    install_head(model)
+    batch["labels"][:, 1:] = -100  # nothing predicts the first token
+    if kind == "completion_mask":
+        batch[kind] = (batch.pop("labels") != -100).long()
+    with pytest.raises(ValueError, match=rf"must have a token to score.*{kind}.*max_length"):
+        compute_loss(model, batch, loss="simpo")
+    one = torch.zeros_like(batch["input_ids"])
+    one[:2, 6] = one[2:, 5] = 1
+    one[0] = 0  # a single sequence without one is the loss's own affair
+    batch["completion_mask"] = one
+    batch.pop("labels", None)
+    assert compute_loss(model, batch, loss="simpo").loss.isfinite()
+
+
 def test_a_batch_without_a_causal_lm():
     import transformers
 

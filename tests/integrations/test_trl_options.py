@@ -52,8 +52,6 @@ def test_data_that_does_not_fit_raises(quick):
         quick(init={"eval_dataset": tiny.unpaired()})
     with pytest.raises(ValueError, match="at least 2 examples"):
         quick(loss_type="kto", per_device_train_batch_size=1)
-    with pytest.raises(ValueError, match="at least 2 examples"):
-        quick(data=tiny.dataset(5), loss_type="kto")
     with pytest.raises(ValueError, match="must be left out"):
         quick(loss_type="simpo", init={"ref_model": tiny.build()})
     with pytest.raises(ValueError, match="must be a DILConfig"):
@@ -107,7 +105,7 @@ def test_unpaired_batches_are_cut_and_padded_as_trl_does(quick, mode):
         {"prompt": row["prompt"], "completion": row["chosen"], "label": True}
         for row in tiny.pairs(3)
     ]
-    same = [{**row, "rejected": row["chosen"]} for row in tiny.pairs(3)]
+    same = [{**row, "rejected": row["chosen"]} for row in tiny.pairs(3)] + tiny.pairs(1)
     batches = []
     for data in (rows, same):
         trainer = quick(data=Dataset.from_list(data), loss_type="ukl", **options)
@@ -120,6 +118,53 @@ def test_unpaired_batches_are_cut_and_padded_as_trl_does(quick, mode):
     quick(data=tiny.unpaired(4), loss_type="kto", max_steps=1, **options).train()
     with pytest.raises(ValueError, match="pad_token"):
         quick(data=tiny.unpaired(4), pad_token="<none>")
+
+
+def test_tokenized_rows_without_a_token_to_score_are_refused(quick):
+    rows = [{"prompt_ids": [5, 6], "completion_ids": [7, 1], "is_chosen": True}] * 3
+    for row, options in (
+        ({"completion_ids": []}, {}),
+        ({"prompt_ids": [], "completion_ids": [1]}, {}),
+        ({"prompt_ids": [5] * 9}, {"max_length": 8}),
+        ({}, {"max_length": 1, "truncation_mode": "keep_end"}),
+    ):
+        with pytest.raises(ValueError, match=r"row 1 .*completion_ids must have a token to score"):
+            quick(data=Dataset.from_list([{**rows[0], **row}, *rows]), **options)
+    quick(data=Dataset.from_list(rows), max_length=2, truncation_mode="keep_end")
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_pairs_of_equal_completions_are_said_or_refused(quick, caplog, tmp_path, images):
+    rows = tiny.pairs(4)
+    same = [{**row, "rejected": row["chosen"]} for row in rows]
+    make = tiny.with_images if images else Dataset.from_list
+    model = tiny.save_llava(tmp_path / "llava") if images else None
+    init = {"processing_class": None} if images else {}
+    with pytest.raises(ValueError, match="must differ; received the same twice in every row of 4"):
+        quick(model, make(same), init=init)
+    with caplog.at_level("WARNING", "dilkern"):
+        quick(model, make(rows), init=init)
+        assert not [r for r in caplog.records if r.name.startswith("dilkern")]
+        quick(model, make(same[:3] + rows[3:]), init=init)
+    assert "in 3 of 4 rows" in caplog.text
+
+
+def test_pairs_that_truncation_makes_equal_are_refused(quick):
+    rows = [{**row, "rejected": row["chosen"] + " But no."} for row in tiny.pairs(4, False)]
+    quick(data=Dataset.from_list(rows))
+    with pytest.raises(ValueError, match=r"in every row of 4.*cut before they part"):
+        quick(data=Dataset.from_list(rows), max_length=20)
+
+
+def test_the_model_card_names_a_model_that_is_not_on_the_hub(quick, folder, tmp_path):
+    for model, name in ((None, folder), (tiny.build(), "LlamaForCausalLM")):
+        trainer = quick(model, loss_type="simpo")
+        trainer.create_model_card("mine")
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "None" not in card
+        assert f"fine-tuned version of `{name}`" in card
+        assert {"trl", "dil", "simpo"} <= set(trainer.model.model_tags)
+    assert "- simpo" in card
 
 
 def test_a_loss_of_nan_is_logged_as_it_is(quick):

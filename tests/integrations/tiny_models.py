@@ -33,6 +33,18 @@ def dataset(count=16, conversational=True):
     return Dataset.from_list(pairs(count, conversational))
 
 
+def with_images(rows, different=None):
+    """The rows as a dataset, each with an image of noise; `different` of them, over and over."""
+    import numpy as np
+    from PIL import Image
+
+    noise = [np.random.default_rng(i).integers(0, 255, (8, 8, 3)) for i in range(len(rows))]
+    images = [Image.fromarray(pixels.astype("uint8")) for pixels in noise]
+    return Dataset.from_list(
+        [{**row, "images": [images[i % (different or len(rows))]]} for i, row in enumerate(rows)]
+    )
+
+
 def unpaired(count=16):
     rows = []
     for i, row in enumerate(pairs(count)):
@@ -111,4 +123,47 @@ def save(folder, family="llama", **overrides):
     """Write model and tokenizer to `folder` and return its path as text."""
     build(family, **overrides).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def save_llava(folder):
+    """Write a two-layer LLaVA over images of 8 x 8 with its processor; return its path as text."""
+    import copy
+
+    import transformers
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaProcessor
+
+    words = copy.deepcopy(tokenizer())
+    words.add_tokens(["<image>"], special_tokens=True)
+    # Where there are two, the one that needs no torchvision.
+    images = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    parts = (
+        "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+        "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{% endif %}"
+    )
+    LlavaProcessor(
+        image_processor=images(size={"height": 8, "width": 8}, crop_size={"height": 8, "width": 8}),
+        tokenizer=words,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE.replace("{{ m['content'] }}", parts),
+    ).save_pretrained(folder)
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        projection_dim=16,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=build(vocab_size=len(words)).config,
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
+    )
+    torch.manual_seed(0)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
     return str(folder)
