@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from dilkern.backends import base as backends
-from dilkern.lm_head import Head, as_head, call_held, rebuild
+from dilkern.lm_head import Head, as_head, call_gathered, rebuild, sharded_by_zero3
 from dilkern.validation import (
     check_bool,
     check_hidden_and_labels,
@@ -123,8 +123,19 @@ def _head_backward(
 
 
 @_head_backward.register_fake
-def _(*inputs: Any) -> list[Tensor]:
-    head_tensors, needed = inputs[7], inputs[9]
+def _(
+    grad: Tensor,
+    token_logps: Tensor,
+    hidden: Tensor,
+    labels: Tensor,
+    scored: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    head_tensors: Sequence[Tensor],
+    head_spec: str,
+    needed: Sequence[bool],
+    *options: Any,
+) -> list[Tensor]:
     return [torch.empty_like(t) if n else t.new_empty(0) for t, n in zip(head_tensors, needed)]
 
 
@@ -292,7 +303,8 @@ def linear_logps(
     def score(states: Tensor) -> Tensor:
         return _score(states, as_head(lm_head), labels, shift, ignore_index, backend, workspace_mib)
 
-    return call_held(lm_head, score, hidden_states)
+    sharded = sharded_by_zero3(lm_head)
+    return score(hidden_states) if sharded is None else call_gathered(sharded, score, hidden_states)
 
 
 def _score(

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig
 
-from dilkern.lm_head import absent
+from dilkern.lm_head import weights_come_later
 from dilkern.lm_head.modules import unwrap
 from dilkern.validation import name_of, reject
 
@@ -189,10 +189,10 @@ def quantize_lm_head(model: Any) -> str | None:
     head: Any = causal.get_output_embeddings()
     if isinstance(head, Linear4bit):
         return None  # one without its scales is refused when it is first read
-    if type(head) is not nn.Linear or absent(head):
+    if type(head) is not nn.Linear or weights_come_later(head):
         reject(
             "quantize_lm_head=True needs a plain linear lm_head with its weights at hand",
-            f"{name_of(head)}{' on the meta device' if absent(head) else ''}",
+            f"{name_of(head)}{' on the meta device' if weights_come_later(head) else ''}",
             "Pass an adapter as peft_config, so that it is put on afterwards.",
         )
     tied = is_tied(causal)

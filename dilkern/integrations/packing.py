@@ -14,6 +14,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from dilkern.integrations.transformers import IGNORE_INDEX, DILOutput, model_inputs
 from dilkern.lm_head.modules import unwrap
+from dilkern.logps import mask_first_labels
 from dilkern.validation import reject
 
 
@@ -58,14 +59,12 @@ def score_packed(
         order = order.view(2, -1).T.flatten()
     real, ids, labels = real[order], inputs["input_ids"][order], labels[order]
     positions = real.long().cumsum(1) - 1
-    # The left neighbour of a first token is the end of another sequence.
-    labels = labels.masked_fill(positions == 0, IGNORE_INDEX)
     ends = real.sum(1).cumsum(0, dtype=torch.int32)
     bounds = torch.cat([ends.new_zeros(1), ends])
     output: DILOutput = model(
         input_ids=ids[real].unsqueeze(0),
         position_ids=positions[real].unsqueeze(0),
-        labels=labels[real].unsqueeze(0),
+        labels=mask_first_labels(labels[real], bounds, ignore_index=IGNORE_INDEX).unsqueeze(0),
         cu_seq_lens_q=bounds,
         cu_seq_lens_k=bounds,
         max_length_q=real.shape[1],

@@ -1,7 +1,8 @@
 """`DILTrainer`: TRL's `DPOTrainer` with every loss of the registry, never holding the logits.
 
-Two methods of the parent are replaced: how reference log-probs are computed and how the loss is.
-Data preparation, PEFT, quantisation, evaluation, checkpoints and logging stay TRL's.
+Replaced are the parent's scoring of policy and reference and its loss, and what hangs on them: checks
+of data and options, what an adapter file holds. Data preparation, PEFT, quantisation, evaluation,
+checkpoints and logging stay TRL's.
 
 S sequences, P pairs, L positions.
 """
@@ -44,7 +45,7 @@ from dilkern.integrations.transformers import (
     model_inputs,
 )
 from dilkern.integrations.trl_config import DILConfig
-from dilkern.lm_head import absent, as_head
+from dilkern.lm_head import as_head, weights_come_later
 from dilkern.lm_head.modules import unwrap
 from dilkern.losses import Loss
 from dilkern.output import PreferenceLossOutput, preference_metrics
@@ -222,7 +223,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             check_adapter(self.model)
         self._install(self.model)
         head = unwrap(self.model).get_output_embeddings()
-        if not absent(head):
+        if not weights_come_later(head):
             # As every step finds it: dropout of an adapter on it is refused here, not at the first.
             mode = head.training
             as_head(head.train())

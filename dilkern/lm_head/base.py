@@ -53,6 +53,10 @@ class Head:
         """Restore the head; what it returns from then on lies on `device`."""
         raise NotImplementedError
 
+    def kinds(self) -> list[str]:
+        """Return the kind of this head and of those under it."""
+        return [self.kind]
+
     @property
     def width(self) -> int:
         """The columns of a block: D, and more where `project` widens the hidden states."""
@@ -263,11 +267,6 @@ class DenseHead(WeightHead):
     @property
     def weight(self) -> Tensor:
         return self.stored[0]
-
-    @property
-    def width(self) -> int:
-        """The columns of a block: D, and more where `project` widens the hidden states."""
-        return self.hidden_size
 
     def strict_dtypes(self) -> list[torch.dtype]:
         return [t.dtype for t in self.tensors()]

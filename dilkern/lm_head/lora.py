@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dilkern.lm_head.base import Head, restore
-from dilkern.lm_head.sharded import whole
+from dilkern.lm_head.sharded import full_tensor
 from dilkern.validation import check_float, name_of, reject, shape_of
 
 # Width D + r is rounded up to this: rows of 16-bit blocks then start at 32-byte boundaries, which
@@ -82,6 +82,9 @@ class LoRAHead(Head):
         self._width = -(-used // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
         self.vocab_size, self.hidden_size = self.base.vocab_size, self.base.hidden_size
         self.scale, self.softcap = self.base.scale, self.base.softcap
+
+    def kinds(self) -> list[str]:
+        return [self.kind, *self.base.kinds()]
 
     @property
     def width(self) -> int:
@@ -207,8 +210,10 @@ def lora_head(module: Any, read: Callable[[Any], Head]) -> Head:
                 "Use lora_dropout=0, or leave the lm_head out of `target_modules`.",
             )
         a, b = module.lora_A[name].weight, module.lora_B[name]
-        bias = None if b.bias is None else whole(b.bias)
-        adapters.append(Adapter(whole(a), whole(b.weight), float(module.scaling[name]), bias))
+        bias = None if b.bias is None else full_tensor(b.bias)
+        adapters.append(
+            Adapter(full_tensor(a), full_tensor(b.weight), float(module.scaling[name]), bias)
+        )
     if not adapters:
         return base
     return LoRAHead(base, adapters, disabled=bool(module.disable_adapters))

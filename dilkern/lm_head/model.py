@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dilkern.lm_head.base import Head, HeadSource
 from dilkern.lm_head.modules import as_head, unwrap
-from dilkern.lm_head.sharded import absent, call_held
+from dilkern.lm_head.sharded import call_gathered, sharded_by_zero3, weights_come_later
 from dilkern.validation import check_positive, name_of, reject
 
 # What a config may say of its logits. Models disagree on whether a number multiplies or divides
@@ -83,7 +83,7 @@ class LMHead(HeadSource):
                 "Pass a transformers causal LM whose `base_model` is its backbone, or `as_head(...)` "
                 "of its head.",
             )
-        if absent(embeddings):
+        if weights_come_later(embeddings):
             scale, softcap = _declared(causal.config)
             return cls(
                 causal.get_output_embeddings,
@@ -167,19 +167,23 @@ def _probe(causal: Any, backbone: Any, embeddings: nn.Module) -> tuple[Tensor, T
         # The module may round where the head does not: to the dtype of an adapter.
         own = {p.dtype for p in embeddings.parameters()} & set(_TOLERANCE)
         dtypes.update((hidden.dtype, *own))
-        if '"eight_bit"' in head.spec():
+        if "eight_bit" in head.kinds():
             tolerance = _INT8_TOLERANCE
         return head.logits(hidden)
+
+    def gathered_logits(hidden: Tensor) -> Tensor:
+        sharded = sharded_by_zero3(embeddings)
+        return raw_logits(hidden) if sharded is None else call_gathered(sharded, raw_logits, hidden)
 
     def replace(module: Any, args: Any, output: Any) -> Any:
         last = output[0]
         hidden = last.reshape(-1, last.shape[-1])[:4]
-        top = call_held(embeddings, raw_logits, hidden).abs().amax(-1, keepdim=True)
+        top = gathered_logits(hidden).abs().amax(-1, keepdim=True)
         # Two tokens as they are; two with logits near and above the usual softcaps.
         factor = torch.tensor([[0.0], [0.0], [0.5], [1.0]], device=top.device) * _PROBE_LOGIT
         factor = torch.where(factor > 0, factor / top.float().clamp_min(1e-30), 1.0)
         hidden = hidden * factor.to(hidden.dtype)
-        raw.append(call_held(embeddings, raw_logits, hidden))
+        raw.append(gathered_logits(hidden))
         new = hidden.reshape(last.shape)
         if isinstance(output, tuple):
             return (new, *output[1:])

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from dilkern.lm_head.base import DenseHead, Head, HeadSource
 from dilkern.lm_head.lora import lora_head
 from dilkern.lm_head.quantized import eight_bit_head, four_bit_head
-from dilkern.lm_head.sharded import whole
+from dilkern.lm_head.sharded import full_tensor
 from dilkern.validation import name_of, reject
 
 Reader = Callable[..., Head]
 
 
 def _linear(module: Any, **transforms: float) -> Head:
-    bias = None if module.bias is None else whole(module.bias)
-    return DenseHead(whole(module.weight), bias, **transforms)
+    bias = None if module.bias is None else full_tensor(module.bias)
+    return DenseHead(full_tensor(module.weight), bias, **transforms)
 
 
 def _lora(module: Any, **transforms: float) -> Head:
@@ -106,7 +106,7 @@ def as_head(lm_head: Any, *, scale: float = 1.0, softcap: float = 0.0) -> Head:
             )
         return lm_head if isinstance(lm_head, Head) else lm_head.head()
     if isinstance(lm_head, Tensor):
-        return DenseHead(whole(lm_head), None, **transforms)
+        return DenseHead(full_tensor(lm_head), None, **transforms)
     reader = _reader(lm_head)
     if reader is None:
         reject(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dilkern.backends.base import why_not
 from dilkern.lm_head.base import WeightHead
-from dilkern.lm_head.sharded import whole
+from dilkern.lm_head.sharded import full_tensor
 from dilkern.validation import FLOAT_DTYPES, name_of, reject
 
 _DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES}
@@ -252,7 +252,7 @@ def four_bit_head(module: Any, **transforms: float) -> FourBitHead:
         )
     nested = [state.state2.code, state.state2.absmax, state.offset] if state.nested else []
     four_bit = FourBit(
-        packed=whole(weight).data.reshape(-1).view(torch.uint8),
+        packed=full_tensor(weight).data.reshape(-1).view(torch.uint8),
         code=state.code,
         absmax=state.absmax,
         nested=nested,
@@ -261,7 +261,7 @@ def four_bit_head(module: Any, **transforms: float) -> FourBitHead:
         dtype=state.dtype,
     )
     vocab_size, hidden_size = state.shape
-    bias = None if module.bias is None else whole(module.bias)
+    bias = None if module.bias is None else full_tensor(module.bias)
     return FourBitHead(four_bit, vocab_size, hidden_size, bias, **transforms)
 
 
@@ -281,7 +281,7 @@ def eight_bit_head(module: Any, **transforms: float) -> EightBitHead:
             "Build it with has_fp16_weights=False, or use a plain nn.Linear.",
         )
     # bitsandbytes moves both from the weight to the state in the first forward.
-    codes = whole(weight).data if state.CB is None else state.CB
+    codes = full_tensor(weight).data if state.CB is None else state.CB
     scales = getattr(weight, "SCB", None) if state.SCB is None else state.SCB
     if codes.dtype is not torch.int8:
         reject(
@@ -296,5 +296,5 @@ def eight_bit_head(module: Any, **transforms: float) -> EightBitHead:
             "FSDP2 loses them when it shards the weight: leave the lm_head out (`ignored_params`), or "
             "load it in 4 bits.",
         )
-    bias = None if module.bias is None else whole(module.bias)
+    bias = None if module.bias is None else full_tensor(module.bias)
     return EightBitHead(codes, scales, bias, **transforms)

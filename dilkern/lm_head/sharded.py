@@ -16,7 +16,7 @@ from dilkern.lm_head.base import Head, HeadSource
 from dilkern.validation import check_label_values, name_of, reject, shape_of
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return the whole plain tensor behind a DTensor (FSDP2); any other tensor as it is.
 
     The ranks saw different tokens, so the gradient that flows back is averaged over them, as FSDP
@@ -47,43 +47,48 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
-def call_held(lm_head: Any, score: Callable[[Tensor], Tensor], hidden_states: Tensor) -> Tensor:
-    """Return `score(hidden_states)`, called as the forward of a head that DeepSpeed ZeRO-3 shards.
+def sharded_by_zero3(lm_head: Any) -> nn.Module | None:
+    """Return the module of a head whose parameters DeepSpeed ZeRO-3 shards; None for any other."""
+    if "deepspeed" not in sys.modules:
+        return None
+    module = lm_head.find() if isinstance(lm_head, HeadSource) else lm_head
+    sharded = isinstance(module, nn.Module) and any(
+        hasattr(p, "ds_id") for p in module.parameters()
+    )
+    return module if sharded else None
+
+
+def call_gathered(
+    module: nn.Module, score: Callable[[Tensor], Tensor], hidden_states: Tensor
+) -> Tensor:
+    """Return `score(hidden_states)`, called as the forward of a module that ZeRO-3 shards.
 
     ZeRO-3 gathers the parameters of a module in hooks around its call and around its backward, where
     they must be whole until autograd has put the gradient on them. So the module is called, with
-    `score` in the place of its forward. Any other head is not called.
+    `score` in the place of its forward.
 
     Args:
-        lm_head: what `as_head` takes.
+        module: what `sharded_by_zero3` returned.
         score: reads the head anew; its result passes through the hooks.
         hidden_states: of any shape.
     """
-    deepspeed = sys.modules.get("deepspeed")
-    if deepspeed is None:
-        return score(hidden_states)
-    module = lm_head.find() if isinstance(lm_head, HeadSource) else lm_head
-    partitioned = []
-    if isinstance(module, nn.Module):
-        partitioned = [p for p in module.parameters() if hasattr(p, "ds_id")]
-    if not partitioned:
-        return score(hidden_states)
     own = {id(p) for p in module.parameters(recurse=False)}
-    for p in partitioned:
-        if id(p) not in own:  # those of an adapter, say: the hooks of `module` gather them too
-            deepspeed.zero.register_external_parameter(module, p)
+    for p in module.parameters():
+        if hasattr(p, "ds_id") and id(p) not in own:
+            # Those of an adapter, say: the hooks of `module` gather them too.
+            sys.modules["deepspeed"].zero.register_external_parameter(module, p)
     before = vars(module).get("forward")
-    module.forward = score
+    module.forward = score  # type: ignore[method-assign]
     try:
         result: Tensor = module(hidden_states)
     finally:
         del module.forward
         if before is not None:
-            module.forward = before
+            module.forward = before  # type: ignore[method-assign]
     return result
 
 
-def absent(module: nn.Module) -> bool:
+def weights_come_later(module: nn.Module) -> bool:
     """Return whether the weights of `module` are not to be had before training has begun.
 
     They are on the meta device (another rank loads them), or ZeRO-3 shards them and its hooks, which
@@ -180,6 +185,9 @@ class VocabParallelHead(Head):
         self._total: int = sum(sizes)
         self.vocab_size, self.hidden_size = local.vocab_size, local.hidden_size
         self.scale, self.softcap = local.scale, local.softcap
+
+    def kinds(self) -> list[str]:
+        return [self.kind, *self.local.kinds()]
 
     def tensors(self) -> list[Tensor]:
         return self.local.tensors()
