@@ -91,7 +91,7 @@ def check_adapter(model: Any) -> None:
                 "an adapter needs a layer with a weight of its own; merged into a weight that lm_head "
                 "and embedding share, it gives another model than the one trained",
                 f"an adapter on the {name} of a model with tied embeddings",
-                "Leave the layer out of target_modules, train it whole with "
+                "Leave the layer out of target_modules (--lora-target), train it whole with "
                 f"modules_to_save=['lm_head'], or untie the model first and train the untied one: "
                 f"{_UNTIE}.",
             )

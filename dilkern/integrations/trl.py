@@ -282,6 +282,13 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 "an unpaired dataset (prompt, completion, label)",
                 "Set precompute_ref_log_probs=False.",
             )
+        whole = getattr(kwargs.get("peft_config"), "modules_to_save", None) or ()
+        if args.quantize_lm_head and "lm_head" in whole:
+            reject(
+                "an lm_head in 4 bits cannot be trained whole",
+                "quantize_lm_head=True and modules_to_save=['lm_head']",
+                "Drop one of them; an untied lm_head may go into target_modules.",
+            )
         if args.padding_free and _has_images(kwargs["train_dataset"]):
             reject(
                 "padding_free takes text alone",

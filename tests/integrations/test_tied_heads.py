@@ -90,6 +90,9 @@ def test_a_4_bit_lm_head_that_cannot_be_is_refused(quick, tied, folder):
     init = {"peft_config": lora(), "quantization_config": without_skips()}
     with pytest.raises(ValueError, match=r"tied to the embedding.*quantize_lm_head=True"):
         quick(tied, init=init)
+    whole = on_the_head(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match=r"cannot be trained whole"):
+        quick(tied, init={**init, "peft_config": whole}, quantize_lm_head=True)
     broken = load(tied, quantization_config=without_skips())
     with pytest.raises(ValueError, match=r"without quant_state.*quantize_lm_head=True"):
         quick(broken, init={"peft_config": lora()})
