@@ -74,7 +74,7 @@ TRL ?= 1.12.0
 trl: install
 	PIP_CONSTRAINT= $(BIN)/pip install -q --no-deps --upgrade --target out/trl-$(TRL) trl==$(TRL)
 	PYTHONPATH=$(CURDIR):$(CURDIR)/out/trl-$(TRL) HF_HUB_OFFLINE=1 $(BIN)/pytest \
-	  $(addprefix tests/integrations/test_,$(addsuffix .py,trl trl_options lora_on_the_head padding_free))
+	  $(addprefix tests/integrations/test_,$(addsuffix .py,trl trl_options lora_on_the_head padding_free tied_heads images))
 
 # 2,000 random cases of the op in the interpreter; a failure names its seed.
 fuzz: install

@@ -289,6 +289,12 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 "quantize_lm_head=True and modules_to_save=['lm_head']",
                 "Drop one of them; an untied lm_head may go into target_modules.",
             )
+        if given and _has_images(kwargs["train_dataset"]):
+            reject(
+                "reference log-probs come with text alone",
+                "ref_chosen_logps in a train_dataset with images, whose collator drops them",
+                "Remove these columns.",
+            )
         if args.padding_free and _has_images(kwargs["train_dataset"]):
             reject(
                 "padding_free takes text alone",

@@ -120,6 +120,9 @@ def test_rows_with_images_are_checked_too(seeing):
     rows[1]["chosen"] = [{"role": "assistant", "content": " "}]
     with pytest.raises(ValueError, match="train_dataset, row 2: 'chosen' must not be empty"):
         seeing(tiny.with_images(rows))
+    given = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in tiny.pairs(3)]
+    with pytest.raises(ValueError, match="reference log-probs come with text alone"):
+        seeing(tiny.with_images(given))
 
 
 def test_the_last_example_of_an_epoch_has_a_baseline_of_0(quick):
