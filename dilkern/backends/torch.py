@@ -45,8 +45,15 @@ def _plan(num_tokens: int, head: HeadView, hidden: Tensor, workspace_bytes: int)
 
 
 def _wide_products(tensor: Tensor) -> bool:
-    """Whether the library multiplies 16-bit matrices into fp32 here (CUDA); else we widen first."""
-    return tensor.is_cuda and tensor.dtype.itemsize == 2 and torch.version.hip is None
+    """Whether the library multiplies 16-bit matrices into fp32 here (CUDA); else we widen first.
+
+    Not fp16 under `allow_fp16_accumulation`: torch then refuses fp32 results, and sums in fp16 are
+    not ours to give. The plans count what widening takes.
+    """
+    narrow = tensor.dtype is torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
+    return (
+        tensor.is_cuda and tensor.dtype.itemsize == 2 and torch.version.hip is None and not narrow
+    )
 
 
 def _matmul(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
@@ -62,6 +69,15 @@ def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a.to(b.dtype), b, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _weight_block(head: HeadView, start: int, end: int, dtype: torch.dtype) -> Tensor:
+    """Return rows [start, end) of the weight, row-major.
+
+    A library sums in another order over a transposed operand, and the same weight shall give the
+    same bits however it lies. The copy is of one block, which the plans count.
+    """
+    return head.block(start, end, dtype).contiguous()
 
 
 class Logits(NamedTuple):
@@ -145,7 +161,7 @@ def forward(
         mean_w = h.new_zeros(h.shape, dtype=acc) if need_u else None  # the same sum of p * w
         for start in range(0, head.vocab_size, blocks.vocab):
             end = min(start + blocks.vocab, head.vocab_size)
-            weight = head.block(start, end, hidden.dtype)
+            weight = _weight_block(head, start, end, hidden.dtype)
             z, slope = _block_logits(h, weight, head, start, end, acc, need_u)
             _replace_targets(z, y, start, -torch.inf)
             top = z.amax(1).clamp_min_(torch.finfo(acc).min)
@@ -192,7 +208,7 @@ def head_backward(
     g = grad_logps * head.scale * correction
     for start in range(0, head.vocab_size, blocks.vocab):
         end = min(start + blocks.vocab, head.vocab_size)
-        weight = head.block(start, end, hidden.dtype)
+        weight = _weight_block(head, start, end, hidden.dtype)
         d_weight = torch.zeros_like(weight[:, columns], dtype=acc)
         d_bias = weight.new_zeros(end - start, dtype=acc)
         for part in _row_blocks(n_tokens, blocks.rows):

@@ -18,7 +18,13 @@ import triton
 from torch import Tensor
 
 from dilkern.backends.base import Blocks, Forward, HeadView, normalize, plan_blocks
-from dilkern.backends.torch import _add_matmul, _matmul, _row_blocks, _wide_products
+from dilkern.backends.torch import (
+    _add_matmul,
+    _matmul,
+    _row_blocks,
+    _weight_block,
+    _wide_products,
+)
 from dilkern.kernels import configs
 from dilkern.kernels.chunk_dz import chunk_dz
 from dilkern.kernels.chunk_softmax import chunk_softmax
@@ -79,7 +85,8 @@ def _plan(
     per_row = 16 * width + 128
     probe = head.block(0, 1, hidden.dtype) if head.vocab_size else hidden
     # A head that hands out views costs nothing per word, any other as much as plan_blocks says.
-    view = probe.untyped_storage().nbytes() > probe.nbytes and width * size % 16 == 0
+    view = probe.untyped_storage().nbytes() > probe.nbytes and probe.stride() == (width, 1)
+    view = view and width * size % 16 == 0
     widens = size == 2 and not _wide_products(hidden)
     per_word = (0 if view else 12 * width) + (4 * width if widens else 0)
     per_word += 8 * width if head_gradient else 0
@@ -142,7 +149,7 @@ def _pass_over_vocabulary(
     bias = head.bias()
     for start in range(0, head.vocab_size, block):
         end = min(start + block, head.vocab_size)
-        weight = head.block(start, end, h.dtype)
+        weight = _weight_block(head, start, end, h.dtype)
         tiles = triton.cdiv(end - start, tile)
         exponents, sums = h.new_empty(2, n, tiles, dtype=torch.float32).unbind()
         b = None if bias is None else bias[start:end]
@@ -204,7 +211,7 @@ def forward(
     for part in _row_blocks(n_tokens, blocks.rows):
         with on_device(hidden):
             h, y = hidden.index_select(0, rows[part]), labels[part]
-            w_y = head.gather(y, dtype).contiguous()
+            w_y = head.gather(y, dtype)
             z_y = _target_logits(h, w_y, y, head)
             top, total, reference, mean_w = _pass_over_vocabulary(
                 h, y, head, blocks.vocab, own, need_u
@@ -247,7 +254,7 @@ def head_backward(
         g = g / peak
     for start in range(0, head.vocab_size, blocks.vocab):
         end = min(start + blocks.vocab, head.vocab_size)
-        weight = head.block(start, end, dtype)
+        weight = _weight_block(head, start, end, dtype)
         d_weight = torch.zeros_like(weight[:, columns], dtype=torch.float32)
         d_bias = weight.new_zeros(end - start, dtype=torch.float32)
         settings = {

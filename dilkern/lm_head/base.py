@@ -67,7 +67,10 @@ class Head:
         return []
 
     def project(self, hidden_states: Tensor) -> Tensor:
-        """Map hidden states (..., D) to what the blocks multiply; differentiable, not in the op."""
+        """Map hidden states (..., D) to what the blocks multiply; differentiable, not in the op.
+
+        Equal numbers give equal bits, in whatever layout they come.
+        """
         return hidden_states
 
     def local_labels(self, labels: Tensor, ignore_index: int) -> Tensor:

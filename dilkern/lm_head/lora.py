@@ -115,11 +115,13 @@ class LoRAHead(Head):
         return self.base.strict_dtypes()  # PEFT keeps fp32 adapters over a 16-bit base
 
     def project(self, hidden_states: Tensor) -> Tensor:
+        # A library sums in another order over strided operands: see Head.project.
+        hidden_states = hidden_states.contiguous()
         parts = [self.base.project(hidden_states)]
         # Autocast picks the dtype of the product itself; outside it the adapter's own one counts.
         mixed = torch.is_autocast_enabled(hidden_states.device.type)
         for adapter in () if self._disabled else self._adapters:
-            a = adapter.a.to(hidden_states.device)
+            a = adapter.a.to(hidden_states.device).contiguous()
             states = hidden_states if mixed else hidden_states.to(a.dtype)
             low = nn.functional.linear(states, a) * adapter.scaling
             parts.append(low.to(hidden_states.dtype))
