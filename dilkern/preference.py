@@ -28,7 +28,7 @@ Counts = tuple[Tensor | float, Tensor | float]
 def sum_per_sequence(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Sum (S, L) over positions, or packed (T,) between cu_seqlens (S+1,), in a fixed order."""
     if cu_seqlens is None:
-        return values.sum(-1)
+        return values.contiguous().sum(-1)
     return torch.segment_reduce(
         values.contiguous(), "sum", offsets=cu_seqlens.contiguous(), initial=0, unsafe=True
     )
