@@ -16,7 +16,7 @@ from dilkern.lm_head import Adapter, DenseHead, EightBitHead, FourBit, FourBitHe
 
 S, L, V, D, RANK = 4, 3, 40, 24, 3
 T = S * L
-BLOCKS = base.Blocks(16, 32)  # two blocks of words
+BLOCKS = base.Blocks(32, 32)  # two blocks of words
 BOUNDS = [0, 4, 4, 7, T]
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -73,11 +73,11 @@ def floats(*shape, dtype=F32):
     return torch.randn(*shape).to(dtype)
 
 
-def batch(dtype=F32):
-    labels = torch.randint(0, V, (S, L))
+def batch(dtype=F32, length=L):
+    labels = torch.randint(0, V, (S, length))
     labels[1, 2] = labels[3, 1] = -100
     return {
-        "hidden_states": floats(S, L, D, dtype=dtype),
+        "hidden_states": floats(S, length, D, dtype=dtype),
         "weight": floats(V, D, dtype=dtype),
         "labels": labels,
     }
@@ -167,6 +167,10 @@ def fused(entry, **options):
     return call
 
 
+def dil_module(*inputs, backend, beta, **tensors):
+    return DILLoss(beta=beta, backend=backend)(*inputs, **tensors)
+
+
 def sums(call):
     def run(logps, backend, g=None, count_w=None, count_l=None, **tensors):
         counts = None if count_w is None else (count_w, count_l)
@@ -215,7 +219,8 @@ CASES = {
     ),
     "dil-token-references": lambda: Case(
         fused(fused_dil_loss, h="bce"),
-        {**batch(), **references(S, L), "is_chosen": side()},
+        # Rows long enough that the order of their sums shows.
+        {**batch(length=7), **references(S, 7), "is_chosen": side()},
         BOTH,
         ("is_chosen",),
     ),
@@ -226,7 +231,7 @@ CASES = {
         ("is_chosen", "cu_seqlens"),
     ),
     "dil-packed-token-references": lambda: Case(
-        fused(DILLoss(beta=0.5)), {**packed(), **references(T)}, BOTH, ("cu_seqlens",)
+        fused(dil_module, beta=0.5), {**packed(), **references(T)}, BOTH, ("cu_seqlens",)
     ),
     "dpo": lambda: Case(
         fused(fused_preference_loss, loss="dpo"), {**batch(), **references(S)}, BOTH
