@@ -35,7 +35,7 @@ test: install
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not gpu" --ignore=tests/kernels --ignore=tests/aot
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -m "not fuzz"
 	TRITON_INTERPRET=1 $(BIN)/pytest -m "not gpu" --backend triton \
-	  tests/core/test_linear_logps.py tests/core/test_fused_loss.py \
+	  tests/core/test_linear_logps.py tests/core/test_fused_loss.py tests/core/test_strided.py \
 	  tests/heads/test_packed_head.py tests/heads/test_dense_head.py
 	$(BIN)/pytest tests/aot
 

@@ -233,9 +233,6 @@ CASES = {
     "dil-packed-token-references": lambda: Case(
         fused(dil_module, beta=0.5), {**packed(), **references(T)}, BOTH, ("cu_seqlens",)
     ),
-    "dpo": lambda: Case(
-        fused(fused_preference_loss, loss="dpo"), {**batch(), **references(S)}, BOTH
-    ),
     "kto": lambda: Case(
         fused(fused_preference_loss, loss="kto"),
         {**batch(), **references(S), "kl_log_ratios": floats(S, 3), "is_chosen": side()},
@@ -247,6 +244,9 @@ CASES = {
         {**per_sequence(), **sums_of_both(), "is_chosen": side(), **counts()},
         ("logps", "log_ratios"),
         ("is_chosen",),
+    ),
+    "sums-dpo": lambda: Case(
+        direct("dpo"), {**per_sequence(), **sums_of_both()}, ("logps", "log_ratios")
     ),
     "sums-kto": lambda: Case(
         direct("kto"),
