@@ -1,10 +1,16 @@
-"""DILTrainer on a CUDA GPU: packed batches under every attention, 16-bit training, a 4-bit model."""
+"""DILTrainer on a CUDA GPU: packed batches under every attention, 16-bit training, a 4-bit model.
+
+TRITON_INTERPRET=1 runs it on the CPU, all but what has no CPU form (gpu_only): flash attention, flex
+attention in training, fp16 with a gradient scaler.
+"""
 
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interpreter import INTERPRET
+from peers import gpu_only, on_gpu_or_interpreter, sized
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integrations"))
 
@@ -14,7 +20,7 @@ trl = pytest.importorskip("dilkern.integrations.trl")
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
+    on_gpu_or_interpreter,
     pytest.mark.filterwarnings("ignore"),  # of the trainer libraries
 ]
 
@@ -23,11 +29,17 @@ pytestmark = [
 def train(tmp_path):
     """Losses of 5 steps of a tiny Llama, bf16 autocast unless told otherwise."""
     # Heads of 64: flash attention takes no fewer than 8 channels, bitsandbytes blocks of 64.
-    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    shape = {"hidden_size": sized(256, 64), "intermediate_size": sized(512, 64), "head_dim": 64}
     folder = tiny.save(tmp_path / "model", **shape)
 
     def run(attn="sdpa", init=None, **options):
-        settings = {**runs.COMMON, "use_cpu": False, "bf16": True, "learning_rate": 1e-4, **options}
+        settings = {
+            **runs.COMMON,
+            "use_cpu": INTERPRET,
+            "bf16": True,
+            "learning_rate": 1e-4,
+            **options,
+        }
         args = trl.DILConfig(
             str(tmp_path / "out"), model_init_kwargs={"attn_implementation": attn}, **settings
         )
@@ -44,7 +56,14 @@ def train(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize(
+    "attn",
+    [
+        "sdpa",
+        pytest.param("flash_attention_2", marks=gpu_only),
+        pytest.param("flex_attention", marks=gpu_only),
+    ],
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_padding_free_equals_padded(train, attn, checkpointing):
     if attn == "flash_attention_2":
@@ -55,6 +74,7 @@ def test_padding_free_equals_padded(train, attn, checkpointing):
     runs.same_steps(packed, padded, 2e-2)  # bf16 attention
 
 
+@gpu_only
 def test_fp16_training_follows_fp32(train):
     half = train(bf16=False, fp16=True)
     runs.same_steps(half, train(bf16=False), 2e-2)
