@@ -30,13 +30,15 @@ demo: install
 
 # Kernels run in Triton's interpreter, which must be chosen before Triton is imported, and are
 # compiled ahead of time, which the interpreter forbids: hence several processes. The tests of the op
-# and of the heads run once more with --backend triton.
+# and of the heads run once more with --backend triton. The GPU's tests run at small sizes in the
+# interpreter, so that none of them fails on a GPU by an error of its own.
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not gpu" --ignore=tests/kernels --ignore=tests/aot
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -m "not fuzz"
 	TRITON_INTERPRET=1 $(BIN)/pytest -m "not gpu" --backend triton \
 	  tests/core/test_linear_logps.py tests/core/test_fused_loss.py tests/core/test_strided.py \
 	  tests/heads/test_packed_head.py tests/heads/test_dense_head.py
+	TRITON_INTERPRET=1 $(BIN)/pytest -m gpu tests/gpu
 	$(BIN)/pytest tests/aot
 
 # Kernels on the GPU at hand, at real sizes. Without a network, with the machine's own torch and pytest:
