@@ -32,13 +32,13 @@ def _pointwise(
     kernel = import_module("dilkern.kernels.sequence_loss")
     h_functions = import_module("dilkern.kernels.h_functions")
     result = kernel.sequence_loss(
-        token_logps.contiguous(),
-        scored.contiguous(),
+        token_logps,
+        scored,
         bounds,
         is_chosen,
         factor,
         h=getattr(h_functions, twin),
-        ref_token_logps=None if ref_token_logps is None else ref_token_logps.contiguous(),
+        ref_token_logps=ref_token_logps,
         ref_logps=ref_logps,
         beta=beta,
         length_normalize=length_normalize,
