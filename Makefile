@@ -10,7 +10,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: install demo test check gpu zero3 aot kernels trl fuzz bench bench-gpu gpu-pack clean
+.PHONY: install demo test check gpu zero3 dry-run kernels trl fuzz bench bench-gpu gpu-pack clean
 
 install: $(VENV)/.installed
 
@@ -28,18 +28,18 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 demo: install
 	$(BIN)/python examples/demo.py $(if $(DATA),--data $(DATA))
 
-# Kernels run in Triton's interpreter, which must be chosen before Triton is imported, and are
-# compiled ahead of time, which the interpreter forbids: hence several processes. The tests of the op
-# and of the heads run once more with --backend triton. The GPU's tests run at small sizes in the
-# interpreter, so that none of them fails on a GPU by an error of its own.
+# Kernels run in Triton's interpreter, which must be chosen before Triton is imported, and their
+# launches are compiled for sm_90, which the interpreter forbids: hence several processes. The tests
+# of the op and of the heads run once more with --backend triton. The GPU's tests run at small sizes in
+# the interpreter, so that none of them fails on a GPU by an error of its own.
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not gpu" --ignore=tests/kernels --ignore=tests/aot
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not gpu" --ignore=tests/kernels --ignore=tests/dry_run
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -m "not fuzz"
 	TRITON_INTERPRET=1 $(BIN)/pytest -m "not gpu" --backend triton \
 	  tests/core/test_linear_logps.py tests/core/test_fused_loss.py tests/core/test_strided.py \
 	  tests/heads/test_packed_head.py tests/heads/test_dense_head.py
 	TRITON_INTERPRET=1 $(BIN)/pytest -m gpu tests/gpu
-	$(BIN)/pytest tests/aot
+	$(BIN)/pytest tests/dry_run
 
 # Kernels on the GPU at hand, at real sizes. Without a network, with the machine's own torch and pytest:
 # make -o install gpu BIN=$$(dirname $$(command -v python3))
@@ -57,15 +57,17 @@ $(DEEPSPEED):
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install -q --no-deps --no-build-isolation \
 	  --target $@ $(subst -,==,$(notdir $@)) || { rm -rf $@; exit 1; }
 
-# Another Triton release, installed aside: make aot TRITON=3.6.0, make kernels TRITON=3.6.0. The
+# Another Triton release, installed aside: make dry-run TRITON=3.6.0, make kernels TRITON=3.6.0. The
 # interpreter of 3.6 needs a NumPy that turns arrays of one element into numbers.
 ASIDE := $(if $(TRITON),out/triton-$(TRITON))
 $(ASIDE): | install
 	PIP_CONSTRAINT= $(BIN)/pip install -q --no-deps --target $@ triton==$(TRITON) 'numpy<2.4'
 
-# Every config row compiles for its architecture.
-aot: install $(ASIDE)
-	$(if $(TRITON),PYTHONPATH=$(CURDIR)/$(ASIDE)) $(BIN)/pytest -m aot tests/aot
+# A dry run of the GPU: every launch compiled for every architecture and judged, minutes for each.
+# One architecture: ARCH=sm_90. WRITE=1 writes the tables of benchmarks/results/ and docs/kernels.md.
+dry-run: install $(ASIDE)
+	$(if $(TRITON),PYTHONPATH=$(CURDIR)/$(ASIDE)) $(BIN)/python tools/dry_run.py \
+	  $(addprefix --arch ,$(ARCH)) $(if $(WRITE),--write)
 
 # Numerics of every kernel, in the interpreter.
 kernels: install $(ASIDE)

@@ -2,8 +2,8 @@
 
     python tools/dry_run.py                     # every architecture; status 1 if anything is wrong
     python tools/dry_run.py --arch sm_90 --kernel chunk_softmax
-    python tools/dry_run.py --write             # and benchmarks/results/dry_run-triton*.csv
-    python tools/dry_run.py --docs              # those tables into docs/kernels.md
+    python tools/dry_run.py --write             # the table and that of docs/kernels.md anew
+    python tools/dry_run.py --docs              # that of docs/kernels.md alone
 
 The backend and the small ops run on tensors without memory that say they lie on a GPU. Their
 launches go through Triton's own binder, which sees what it will see on a GPU: which integers are 1 or
@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 from unittest import mock
 
 import torch
@@ -42,6 +42,7 @@ from triton.runtime.jit import JITFunction
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+DOCS = ROOT / "docs" / "kernels.md"
 sys.path.insert(0, str(ROOT))
 
 
@@ -115,15 +116,14 @@ class Case(NamedTuple):
 def cases() -> Iterator[Case]:
     from dilkern.losses import LOSSES
 
-    for shape in RAGGED + EVEN:
-        for variant in VARIANTS:
-            both = variant in ("plain", "all")
-            if both or shape in EVEN:
-                yield Case("dense", "bfloat16", variant, shape, quick=both)
-            if shape in EVEN or (both and shape == RAGGED[2]):
-                yield Case("dense", "float16", variant, shape, quick=shape in EVEN and not both)
-            if both and shape != EVEN[0]:
-                yield Case("dense", "float32", variant, shape, quick=shape in EVEN)
+    for variant in VARIANTS:
+        both = variant in ("plain", "all")
+        for shape in RAGGED + EVEN if both else EVEN:
+            yield Case("dense", "bfloat16", variant, shape, quick=both)
+        for shape in EVEN if both else ():
+            yield Case("dense", "float16", variant, shape, quick=variant == "plain")
+        for shape in (RAGGED[0], RAGGED[2], EVEN[1]) if both else ():
+            yield Case("dense", "float32", variant, shape, quick=shape in EVEN)
     for dtype in ("bfloat16", "float32"):
         yield Case("lora", dtype, "plain", (300, 32000, 1024), quick=dtype == "bfloat16")
     for variant in ("flat", "nested"):
@@ -268,7 +268,7 @@ class Seen(NamedTuple):
     """A specialisation, and what its launches have shown of it."""
 
     launch: Launch
-    matrices: frozenset[str]  # the pointers to large matrices
+    matrices: frozenset[str]  # the pointers to matrices
     wide: dict[str, Case]  # those that once had rows of a multiple of 16 elements, and where:
     # they must move as vectors
     cases: list[Case]
@@ -312,8 +312,9 @@ class Recorder:
         pairs = [(name, kind, self.arguments[name]) for name, kind in signature.items()]
         given = [leaf for pair in pairs for leaf in _leaves(*pair) if str(leaf[1]).startswith("*")]
         matrices = {name: x for name, _, x in given if isinstance(x, Tensor) and x.dim() == 2}
-        largest = max((x.numel() for x in matrices.values()), default=0)
-        matrices = {name: x for name, x in matrices.items() if x.numel() * 16 >= largest}
+        longest = max((x.shape[1] for x in matrices.values()), default=0)
+        # Not the statistics of tiles: a number per row and tile.
+        matrices = {name: x for name, x in matrices.items() if x.shape[1] * 64 >= longest}
         wide = {name: self.case for name, x in matrices.items() if _is_wide(x)}
         key = f"{function.__name__} {key}"
         source, pointers = (signature, constants, attrs), tuple(name for name, *_ in given)
@@ -444,22 +445,13 @@ def read_sass(sass: str) -> dict[str, int]:
     return dict(collections.Counter(re.findall(pattern, sass)))
 
 
-def _read_nvidia(built: Any, target: GPUTarget, options: Any) -> tuple[Report, dict[str, int]]:
-    # Triton keeps the report to itself, so its own step from PTX is taken once more, aloud.
-    said = io.StringIO()
-    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
-        triton.knobs.nvidia.dump_ptxas_log = True
-        backend = make_backend(target)
-        cubin = backend.make_cubin(  # type: ignore[attr-defined]
-            built.asm["ptx"], built.metadata._asdict(), options, target.arch
-        )
+def _disassemble(cubin: bytes) -> str:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [str(tools / "cuobjdump"), "-sass", file.name]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return read_ptxas(said.getvalue()), read_sass(sass)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _read_amd(asm: str) -> tuple[Report, dict[str, int]]:
@@ -474,16 +466,23 @@ def _read_amd(asm: str) -> tuple[Report, dict[str, int]]:
 
 def compile_launch(launch: Launch) -> Compiled | str:
     """Compile one specialisation; return what it became, or the error in one line."""
-    target = ARCHITECTURES[launch.arch].target
+    target, said = ARCHITECTURES[launch.arch].target, io.StringIO()
     triton.runtime.driver.set_active(Stub(launch.arch))  # type: ignore[arg-type]
     try:
         source = ASTSource(launch.function, *launch.source)
-        built = triton.compile(source, target=target, options=launch.options.__dict__)
+        with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
+            triton.knobs.nvidia.dump_ptxas_log = True
+            built = triton.compile(source, target=target, options=launch.options.__dict__)
+            if target.backend == "cuda" and not said.getvalue():  # it came from Triton's cache
+                make_backend(target).make_cubin(  # type: ignore[attr-defined]
+                    built.asm["ptx"], built.metadata._asdict(), launch.options, target.arch
+                )
         if target.backend == "hip":
             report, operations = _read_amd(built.asm["amdgcn"])
             accesses = {}
         else:
-            report, operations = _read_nvidia(built, target, launch.options)
+            report = read_ptxas(said.getvalue())
+            operations = read_sass(_disassemble(built.asm["cubin"]))
             accesses = read_accesses(built.asm["ptx"], launch.pointers)
     except Exception as error:  # of any kind: it is this launch's result
         lines = str(error).strip().splitlines() or [repr(error)]
@@ -578,7 +577,7 @@ class Row(NamedTuple):
     kernel: str
     dtype: str
     variant: str
-    rows: str  # even: all large matrices have rows of a multiple of 16 elements; else ragged
+    rows: str  # even: all matrices have rows of a multiple of 16 elements; else ragged
     specialisations: int
     registers: int
     spills: int
@@ -648,11 +647,9 @@ def table_path(version: str = triton.__version__) -> Path:
 
 
 def read_table(path: Path) -> list[Row]:
+    kinds = get_type_hints(Row)
     with path.open(newline="") as file:
-        return [
-            Row(*(int(x) if Row.__annotations__[k] == "int" else x for k, x in line.items()))
-            for line in csv.DictReader(file)
-        ]
+        return [Row(**{k: kinds[k](x) for k, x in line.items()}) for line in csv.DictReader(file)]
 
 
 def write_table(rows: list[Row], path: Path) -> None:
@@ -687,18 +684,16 @@ def markdown(version: str, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_docs() -> None:
-    """Put the tables of the oldest and of the newest Triton between the two markers."""
+def docs_with_tables() -> str:
+    """docs/kernels.md with the tables of the oldest and of the newest Triton between its markers."""
     found = {
         path.stem.partition("-triton")[2]: path for path in RESULTS.glob("dry_run-triton*.csv")
     }
     versions = sorted(found, key=lambda x: [int(n) for n in x.split(".")])
     tables = [markdown(x, read_table(found[x])) for x in dict.fromkeys((versions[0], versions[-1]))]
-    path = ROOT / "docs" / "kernels.md"
-    head, _, rest = path.read_text().partition("<!-- resources: begin -->")
-    tail = rest.partition("<!-- resources: end -->")[2]
-    marked = "\n\n".join(tables)
-    path.write_text(f"{head}<!-- resources: begin -->\n{marked}\n<!-- resources: end -->{tail}")
+    head, begin, rest = DOCS.read_text().partition("<!-- resources: begin -->\n")
+    _, end, tail = rest.partition("\n<!-- resources: end -->")
+    return head + begin + "\n\n".join(tables) + end + tail
 
 
 def describe(seen: Seen, compiled: Compiled) -> str:
@@ -750,7 +745,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.docs:
-        return write_docs()
+        DOCS.write_text(docs_with_tables())
+        return
     if args.write and (args.quick or args.kernel):
         parser.error("--write needs every case: leave out --quick and --kernel")
     if not args.write and not table_path().exists():
@@ -773,6 +769,8 @@ def main() -> None:
             flush=True,
         )
         total += len(wrong)
+    if args.write:
+        DOCS.write_text(docs_with_tables())
     sys.exit(1 if total else 0)
 
 
