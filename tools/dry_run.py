@@ -78,8 +78,8 @@ def programs_per_sm(arch: str, registers: int, warps: int, shared: int) -> int:
     """How many programs of a kernel share one SM; 0 if not even one fits."""
     limit = ARCHITECTURES[arch]
     per_warp = -(-registers * 32 // 256) * 256  # registers are handed out in 256 per warp
+    by_registers = 16384 // per_warp * 4 // warps  # by each of the SM's four parts
     per_program = -(-(shared + 1024) // 128) * 128
-    by_registers = 65536 // per_warp // warps
     by_shared = (limit.shared_kib << 10) // per_program
     return min(limit.programs, limit.warps // warps, by_registers, by_shared)
 
@@ -238,11 +238,11 @@ class Pretend(TorchFunctionMode):
     """
 
     ANSWERS = {  # noqa: RUF012
-        torch.Tensor.is_cuda.__get__: True,  # type: ignore[attr-defined]
-        torch.Tensor.device.__get__: torch.device("cuda", 0),  # type: ignore[attr-defined]
+        torch.Tensor.is_cuda.__get__: True,
+        torch.Tensor.device.__get__: torch.device("cuda", 0),
     }
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in self.ANSWERS:
             return self.ANSWERS[func]
 
@@ -310,7 +310,7 @@ def _is_wide(x: Tensor) -> bool:
 class Recorder:
     """Takes the place of two methods of JITFunction while a backend runs."""
 
-    _run, _do_compile = JITFunction.run, JITFunction._do_compile
+    _run = JITFunction.run
 
     def __init__(self, arch: str) -> None:
         self.arch = arch
@@ -326,7 +326,7 @@ class Recorder:
         self.arguments = bound.arguments
         Recorder._run(function, *args, **kwargs)
 
-    def compile(self, function, key, signature, device, constants, options, attrs, warmup):  # type: ignore[no-untyped-def]
+    def compile(self, function, key, signature, device, constants, options, attrs, warmup):
         """Record; JITFunction.run ends without a launch where it gets no kernel."""
         pairs = [(name, kind, self.arguments[name]) for name, kind in signature.items()]
         given = [leaf for pair in pairs for leaf in _leaves(*pair) if str(leaf[1]).startswith("*")]
@@ -434,10 +434,10 @@ def read_accesses(ptx: str, pointers: Iterable[str]) -> dict[str, dict[Access, i
         if not (match := _GLOBAL.match(operation)):
             continue
         if match[1]:
-            vector, bits = re.search(r"(?:\.v(\d))?\.[bufs](\d+)$", operation).groups()  # type: ignore[union-attr]
+            vector, bits = re.search(r"(?:\.v(\d))?\.[bufs](\d+)$", operation).groups()
             access = Access(match[1], int(vector or 1) * int(bits) // 8)
         else:
-            size = re.search(r"(0x[0-9a-f]+|\d+)", operands.rpartition("]")[2])[1]  # type: ignore[index]
+            size = re.search(r"(0x[0-9a-f]+|\d+)", operands.rpartition("]")[2])[1]
             access = Access("cp", int(size, 0))
         registers = re.findall(r"%rd\d+", " ".join(re.findall(r"\[.*?\]", operands)))
         for name in {x for r in registers for x in origin[r]} or {"?"}:
@@ -453,7 +453,7 @@ class Report(NamedTuple):
 
 def read_ptxas(log: str) -> Report:
     """What `ptxas -v` says of a kernel; its performance warnings carry numbers C75xx."""
-    registers = int(re.search(r"Used (\d+) registers", log)[1])  # type: ignore[index]
+    registers = int(re.search(r"Used (\d+) registers", log)[1])
     spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log)))
     lines = [line.strip() for line in log.splitlines()]
     return Report(registers, spills, [x for x in lines if re.search(r"\bC75\d\d\b", x)])
@@ -475,8 +475,7 @@ def _disassemble(cubin: bytes) -> str:
 
 def _read_amd(asm: str) -> tuple[Report, dict[str, int]]:
     registers, spills = (
-        int(re.search(rf"\.vgpr_{what}:\s*(\d+)", asm)[1])  # type: ignore[index]
-        for what in ("count", "spill_count")
+        int(re.search(rf"\.vgpr_{what}:\s*(\d+)", asm)[1]) for what in ("count", "spill_count")
     )
     operations = collections.Counter(re.findall(r"^\s+([a-z]\w+)\s", asm, re.M))
     operations["v_mfma"] = sum(n for x, n in operations.items() if x.startswith("v_mfma_"))
@@ -486,14 +485,14 @@ def _read_amd(asm: str) -> tuple[Report, dict[str, int]]:
 def compile_launch(launch: Launch) -> Compiled | str:
     """Compile one specialisation; return what it became, or the error in one line."""
     target, said = ARCHITECTURES[launch.arch].target, io.StringIO()
-    triton.runtime.driver.set_active(Stub(launch.arch))  # type: ignore[arg-type]
+    triton.runtime.driver.set_active(Stub(launch.arch))
     try:
         source = ASTSource(launch.function, *launch.source)
         with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
             triton.knobs.nvidia.dump_ptxas_log = True
             built = triton.compile(source, target=target, options=launch.options.__dict__)
             if target.backend == "cuda" and not said.getvalue():  # it came from Triton's cache
-                make_backend(target).make_cubin(  # type: ignore[attr-defined]
+                make_backend(target).make_cubin(
                     built.asm["ptx"], built.metadata._asdict(), launch.options, target.arch
                 )
         if target.backend == "hip":
@@ -751,7 +750,7 @@ def dry_run(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", action="append", choices=list(ARCHITECTURES), help="default: all")
     parser.add_argument(
         "--kernel", default="", help="only kernels with this in their name; show all"

@@ -146,6 +146,7 @@ def test_a_compiler_error_is_wrong_and_scalar_access_to_ragged_rows_is_not():
         ("sm_90", 129, 8, 96 << 10, 1),  # 136 are handed out
         ("sm_90", 32, 4, 0, 16),  # warps
         ("sm_90", 32, 1, 0, 32),  # the most programs
+        ("sm_90", 96, 1, 0, 20),  # five warps in each of its four parts
         ("sm_86", 64, 8, 49 << 10, 2),  # with their KiB each, 100 KiB
         ("sm_86", 64, 8, 50 << 10, 1),
         ("sm_90", 64, 8, 228 << 10, 0),
