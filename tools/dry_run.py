@@ -110,7 +110,8 @@ class Case(NamedTuple):
     quick: bool = False  # part of `make test`
 
     def __str__(self) -> str:
-        return " ".join([*filter(None, self[:3]), "x".join(map(str, self.shape)), self.reference])
+        parts = (*self[:3], "x".join(map(str, self.shape)), self.reference)
+        return " ".join(filter(None, parts))
 
 
 def cases() -> Iterator[Case]:
@@ -643,9 +644,10 @@ def tabulate(found: Iterable[tuple[Seen, Compiled | str]]) -> list[Row]:
     return sorted(table, key=lambda row: (order.index(row.arch), row.identity))
 
 
-def compare(rows: Iterable[Row], table: Iterable[Row]) -> list[str]:
-    """What fell behind the committed table."""
-    before = {row.identity: row for row in table}
+def compare(rows: list[Row], table: Iterable[Row], *, complete: bool) -> list[str]:
+    """What fell behind the committed table; `complete`: every case of these architectures was run."""
+    arches, now = {row.arch for row in rows}, {row.identity for row in rows}
+    before = {row.identity: row for row in table if row.arch in arches}
     wrong = []
     for row in rows:
         old, name = before.get(row.identity), " ".join(row.identity)
@@ -654,6 +656,9 @@ def compare(rows: Iterable[Row], table: Iterable[Row]) -> list[str]:
         elif row.programs < old.programs:
             fall = f"{old.programs} to {row.programs}"
             wrong.append(f"{name}: from {fall} programs per SM ({row.registers} registers)")
+    for identity in before if complete else ():
+        if identity not in now:
+            wrong.append(f"{' '.join(identity)}: in the table, and no longer launched")
     return wrong
 
 
@@ -775,7 +780,8 @@ def main() -> None:
         if args.write:
             write_table(rows, table_path())
         elif table_path().exists():
-            wrong += compare(rows, read_table(table_path()))
+            complete = not (args.quick or args.kernel)
+            wrong += compare(rows, read_table(table_path()), complete=complete)
         for complaint in wrong:
             print(f"WRONG {complaint}")
         what = f"{arch}, Triton {triton.__version__}"
