@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,23 +143,44 @@ def _check_baseline(objective: Objective, kl_log_ratios: Tensor | None) -> None:
         check_tensor("kl_log_ratios", kl_log_ratios)
 
 
-def _chosen_mask(num_sequences: int, is_chosen: Tensor | None, device: torch.device) -> Tensor:
-    if is_chosen is not None:
-        return is_chosen
-    return torch.arange(num_sequences, device=device) < num_sequences // 2
+class _Batch(NamedTuple):
+    """Who is who among the S sequences, and what each counts."""
+
+    is_chosen: Tensor | None  # as the caller gave it; None: first half chosen
+    chosen: Tensor  # (S,) bool
+    lengths: Tensor  # (S,) scored tokens
+    weight: Tensor  # (S,) 0 for a sequence without scored tokens
+    given_counts: Counts | None
+    counts: Counts  # denominators of the means over chosen and over rejected
+
+    @property
+    def there(self) -> Tensor:
+        return self.lengths > 0
 
 
-def _check_both_sides(is_chosen: Tensor | None, counts: Counts | None) -> None:
-    """A mean over nothing is no loss."""
-    if is_chosen is None or counts is not None:
-        return
-    num_chosen = int(is_chosen.sum())
-    if num_chosen in (0, is_chosen.numel()):
-        reject(
-            "a batch needs at least one chosen and one rejected sequence",
-            f"{num_chosen} chosen, {is_chosen.numel() - num_chosen} rejected",
-            "Put both kinds into every batch, or pass the `counts` of a larger one.",
-        )
+def _batch(
+    lengths: Tensor,
+    is_chosen: Tensor | None,
+    weights: Tensor | None,
+    counts: Counts | None,
+    dtype: torch.dtype,
+) -> _Batch:
+    size, there = len(lengths), lengths > 0
+    if is_chosen is None:
+        chosen = torch.arange(size, device=lengths.device) < size // 2
+    else:
+        chosen = is_chosen
+        if counts is None and (number := int(chosen.sum())) in (0, size):
+            reject(
+                "a batch needs at least one chosen and one rejected sequence",
+                f"{number} chosen, {size - number} rejected",
+                "Put both kinds into every batch, or pass the `counts` of a larger one.",
+            )
+    weight = there.to(dtype)
+    if weights is not None:
+        weight = weight * weights.detach().to(dtype)
+    own = ((there & chosen).sum(), (there & ~chosen).sum())
+    return _Batch(is_chosen, chosen, lengths, weight, counts, own if counts is None else counts)
 
 
 def _attach(value: Tensor, slope: Tensor, x: Tensor) -> Tensor:
@@ -186,12 +207,10 @@ def _refuse_clipped(objective: Objective, clipped: Tensor, f: Tensor) -> None:
 
 def _output(
     objective: Objective,
+    batch: _Batch,
     loss: Tensor,
-    is_chosen: Tensor | None,
-    *,
     logps: Tensor,  # all (S,) from here
     f: Tensor,
-    lengths: Tensor,
     losses: Tensor,
     clipped: Tensor,
 ) -> PreferenceLossOutput:
@@ -199,20 +218,15 @@ def _output(
 
     def sides(values: Tensor) -> tuple[Tensor, Tensor]:
         values = values.detach()
-        if is_chosen is None:
+        if batch.is_chosen is None:
             return values[: len(values) // 2], values[len(values) // 2 :]
-        return values[is_chosen], values[~is_chosen]
+        return values[batch.is_chosen], values[~batch.is_chosen]
 
+    clip_fraction = clipped.to(f.dtype).mean()
     return PreferenceLossOutput(
-        loss,
-        *sides(logps),
-        *sides(f),
-        clipped.to(f.dtype).mean(),
-        *sides(lengths),
-        *sides(losses),
-        *sides(clipped),
-        objective.beta,
-    )
+        loss, *sides(logps), *sides(f), clip_fraction, *sides(batch.lengths), *sides(losses),
+        *sides(clipped), objective.beta,
+    )  # fmt: skip
 
 
 def _kernel_knows(objective: Objective, token_logps: Tensor, backend: str) -> bool:
@@ -278,20 +292,11 @@ def loss_from_token_logps(
     _check_per_sequence(num_sequences, token_logps.device, weights=weights)
     _check_baseline(objective, kl_log_ratios)
     lengths = sum_per_sequence(scored.to(token_logps.dtype), cu_seqlens)
+    batch = _batch(lengths, is_chosen, weights, counts, token_logps.dtype)
     if ref_logps is not None:
         ref_logps = ref_logps.to(token_logps.dtype)
     if _kernel_knows(objective, token_logps, backend):
-        return _loss_in_one_launch(
-            objective,
-            token_logps,
-            scored,
-            lengths,
-            ref_logps,
-            is_chosen,
-            cu_seqlens,
-            weights,
-            counts,
-        )
+        return _loss_in_one_launch(objective, batch, token_logps, scored, ref_logps, cu_seqlens)
     logps = sum_per_sequence(token_logps, cu_seqlens)
     log_ratios: Tensor | None = None
     if reference_free:
@@ -302,96 +307,64 @@ def loss_from_token_logps(
         log_ratios = sum_per_sequence(difference, cu_seqlens)
     elif ref_logps is not None:
         log_ratios = logps - ref_logps
-    return _loss_from_sequences(
-        objective, logps, lengths, log_ratios, is_chosen, weights, counts, kl_log_ratios
-    )
+    return _loss_from_sequences(objective, batch, logps, log_ratios, kl_log_ratios)
 
 
 def _loss_in_one_launch(
     objective: Objective,
+    batch: _Batch,
     token_logps: Tensor,
     scored: Tensor,
-    lengths: Tensor,  # (S,)
     ref_logps: Tensor | None,
-    is_chosen: Tensor | None,
     cu_seqlens: Tensor | None,
-    weights: Tensor | None,
-    counts: Counts | None,
 ) -> PreferenceLossOutput:
     """The same numbers as `_loss_from_sequences`, without its dozens of small launches."""
-    o, device = objective, token_logps.device
-    bounds = cu_seqlens
+    o, bounds, limit = objective, cu_seqlens, objective.options.max_log_ratio
     if bounds is None:
-        bounds = torch.arange(token_logps.shape[0] + 1, device=device) * token_logps.shape[1]
-    _check_both_sides(is_chosen, counts)
-    chosen = _chosen_mask(lengths.shape[0], is_chosen, device)
-    there = lengths > 0
-    factor = there.to(token_logps.dtype)
-    if weights is not None:
-        factor = factor * weights.detach()
-    count_w, count_l = (
-        ((there & chosen).sum(), (there & ~chosen).sum()) if counts is None else counts
-    )
-    count = torch.where(chosen, count_w, count_l)
-    factor = factor / torch.where(count > 0, count, 1)
+        rows, length = token_logps.shape
+        bounds = torch.arange(rows + 1, device=token_logps.device) * length
+    count_w, count_l = batch.counts
+    count = torch.where(batch.chosen, count_w, count_l)
     per_token = ref_logps is not None and ref_logps.shape == token_logps.shape
-    result = pointwise_loss(
+    loss, logps, f, losses = pointwise_loss(
         token_logps,
         scored,
         bounds,
-        chosen,
-        factor,
+        batch.chosen,
+        batch.weight / _at_least_one(count),
         ref_token_logps=ref_logps if per_token else None,
         ref_logps=None if per_token else ref_logps,
         twin=o.loss.triton or "",
         beta=o.beta,
         length_normalize=o.length_normalize,
-        limit=float("inf") if o.options.max_log_ratio is None else o.options.max_log_ratio,
+        limit=float("inf") if limit is None else limit,
         param=next(iter(o.params.values()), 0.0),
     )
-    x = o.beta * result.log_ratios
-    clipped = torch.where(chosen, o.clipped_sequence(x, True), o.clipped_sequence(x, False))
-    return _output(
-        o, result.loss, is_chosen, logps=result.logps, f=result.log_ratios, lengths=lengths,
-        losses=result.values, clipped=clipped,
-    )  # fmt: skip
+    return _output(o, batch, loss, logps, f, losses, _clipped_sequences(o, batch, o.beta * f))
+
+
+def _clipped_sequences(objective: Objective, batch: _Batch, x: Tensor) -> Tensor:
+    chosen, rejected = (objective.clipped_sequence(x, side) for side in (True, False))
+    return torch.where(batch.chosen, chosen, rejected)
 
 
 def _loss_from_sequences(
     objective: Objective,
+    batch: _Batch,
     logps: Tensor,  # (S,)
-    lengths: Tensor,  # (S,)
     log_ratios: Tensor | None,  # (S,)
-    is_chosen: Tensor | None,
-    weights: Tensor | None,
-    counts: Counts | None,
     kl_log_ratios: Tensor | None,
 ) -> PreferenceLossOutput:
-    o = objective
-    _check_both_sides(is_chosen, counts)
+    o, (count_w, count_l) = objective, batch.counts
     base = logps if log_ratios is None else log_ratios
-    f = base / lengths.clamp(min=1) if o.length_normalize else base
-    there = lengths > 0
-    weight = there.to(f.dtype) if weights is None else weights.detach().to(f.dtype) * there
-    chosen = _chosen_mask(len(f), is_chosen, f.device)
+    f = base / batch.lengths.clamp(min=1) if o.length_normalize else base
 
     def mean(values: Tensor, of: Tensor, count: Tensor | float) -> Tensor:
         # An empty sequence has weight 0 and finite values; one with NaN still spoils the mean.
-        return torch.where(of, values * weight, 0.0).sum() / _at_least_one(count)
+        return torch.where(of, values * batch.weight, 0.0).sum() / _at_least_one(count)
 
-    count_w: Tensor | float
-    count_l: Tensor | float
-    count_w, count_l = (
-        ((there & chosen).sum(), (there & ~chosen).sum()) if counts is None else counts
-    )
     if o.pairwise:
-        losses, clipped = _pair_losses(o, f, there)
-        both = there[: len(f) // 2] & there[len(f) // 2 :]
-        pair_weight = weight[: len(f) // 2] * weight[len(f) // 2 :]
-        total = (losses * pair_weight).sum() / _at_least_one(
-            both.sum() if counts is None else counts[0]
-        )
-        losses = torch.cat((losses, torch.zeros_like(losses)))
+        total, losses, clipped = _pairs(o, batch, f)
     elif o.loss.pairing == "none":
         losses, clipped = torch.zeros_like(f), torch.zeros_like(f, dtype=torch.bool)
         total = f.sum() * 0.0
@@ -399,34 +372,41 @@ def _loss_from_sequences(
         baseline = 0.0 if kl_log_ratios is None else kl_log_ratios.detach().mean().clamp(min=0)
         x = o.beta * (f - baseline)
         sides = [o.of_sequence(x.detach(), side) for side in (True, False)]
-        value, slope = (torch.where(chosen, a, b) for a, b in zip(*sides))
+        value, slope = (torch.where(batch.chosen, a, b) for a, b in zip(*sides))
         losses = _attach(value, slope, x)
         if o.loss.joint_mean:
             count_w = count_l = count_w + count_l
-        total = mean(losses, chosen, count_w) + mean(losses, ~chosen, count_l)
-        clipped = torch.where(chosen, o.clipped_sequence(x, True), o.clipped_sequence(x, False))
+        total = mean(losses, batch.chosen, count_w) + mean(losses, ~batch.chosen, count_l)
+        clipped = _clipped_sequences(o, batch, x)
     if o.sft_weight:
-        tokens = torch.where(chosen, lengths, 0).sum()
-        count = tokens if o.loss.sft_per == "token" else (there & chosen).sum()
-        total = total - o.sft_weight * mean(logps, chosen, count)
-    return _output(
-        o, total, is_chosen, logps=logps, f=f, lengths=lengths, losses=losses, clipped=clipped
-    )
+        chosen = batch.chosen
+        per = (
+            torch.where(chosen, batch.lengths, 0)
+            if o.loss.sft_per == "token"
+            else batch.there & chosen
+        )
+        total = total - o.sft_weight * mean(logps, chosen, per.sum())
+    return _output(o, batch, total, logps, f, losses, clipped)
 
 
-def _pair_losses(objective: Objective, f: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss (S/2,) of each pair, and which sequences (S,) are on a linear extension."""
+def _pairs(objective: Objective, batch: _Batch, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, its terms (S,): a pair's in its chosen half, and who is on a linear extension (S,)."""
     o, half = objective, len(f) // 2
     if o.loss.transform is None:
         m = o.beta * (f[:half] - f[half:])
         clipped = o.clipped_pair(m).repeat(2)
     else:
         # -1 stands in for empty sequences, which carry no weight: ORPO's odds need f < 0.
-        f = torch.where(there, f, -1.0)
+        f = torch.where(batch.there, f, -1.0)
         transformed = _attach(*o.transformed(f.detach()), f)
         m = o.beta * (transformed[:half] - transformed[half:])
         clipped = o.clipped_sequence(f, True)
-    return _attach(*o.of_pair(m.detach()), m), clipped
+    losses = _attach(*o.of_pair(m.detach()), m)
+    count: Tensor | float = (batch.there[:half] & batch.there[half:]).sum()
+    if batch.given_counts is not None:
+        count = batch.given_counts[0]
+    total = (losses * batch.weight[:half] * batch.weight[half:]).sum() / _at_least_one(count)
+    return total, torch.cat((losses, torch.zeros_like(losses))), clipped
 
 
 def preference_loss(
@@ -506,6 +486,5 @@ def preference_loss(
             else "Leave the reference out, or take a loss that uses it.",
         )
     _check_baseline(objective, kl_log_ratios)
-    return _loss_from_sequences(
-        objective, logps, lengths, log_ratios, is_chosen, weights, counts, kl_log_ratios
-    )
+    batch = _batch(lengths, is_chosen, weights, counts, logps.dtype)
+    return _loss_from_sequences(objective, batch, logps, log_ratios, kl_log_ratios)
