@@ -8,6 +8,7 @@ Memory errors: `compute-sanitizer --tool memcheck python -m pytest -m gpu tests/
 
 import pytest
 import torch
+from naive import gather_logps
 from peers import DEVICE, gpu_only, on_gpu_or_interpreter, sized, wide_product
 
 from dilkern import DenseHead, linear_logps
@@ -58,8 +59,7 @@ def from_product(z, labels, scale, softcap):
     z = z * scale
     z = softcap * torch.tanh(z / softcap) if softcap else z
     z = z if z.dtype is torch.float64 else z.float()
-    picked = z.log_softmax(-1).gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1)
-    return torch.where(labels != -100, picked, 0)
+    return gather_logps(z, labels)
 
 
 def gradients(fn, tensors, g):

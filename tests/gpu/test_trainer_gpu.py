@@ -4,15 +4,10 @@ TRITON_INTERPRET=1 runs it on the CPU, all but what has no CPU form (gpu_only): 
 attention in training, fp16 with a gradient scaler.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from interpreter import INTERPRET
 from peers import gpu_only, on_gpu_or_interpreter, sized
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integrations"))
 
 tiny = pytest.importorskip("tiny_models")
 runs = pytest.importorskip("training_runs")

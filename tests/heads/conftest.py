@@ -10,9 +10,9 @@ import torch
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
+def device(request):
     """The same test on the CPU and on a GPU: only where heads and problems are made differs."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
-    monkeypatch.setattr(head_cases, "DEVICE", request.param)
-    return request.param
+    with head_cases.made_on(request.param):
+        yield request.param

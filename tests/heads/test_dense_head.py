@@ -8,13 +8,13 @@ from head_cases import (
     V,
     check_budget,
     check_exact,
-    gather_logps,
     leaf,
     naive_logits,
     placed,
     problem,
     results,
 )
+from naive import gather_logps
 from torch import nn
 
 from dilkern import linear_logps

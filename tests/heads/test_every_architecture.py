@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from head_cases import gather_logps
+from naive import gather_logps
 
 from dilkern import linear_logps
 from dilkern.lm_head import LMHead

@@ -11,13 +11,13 @@ from head_cases import (
     check_exact,
     eight_bit_linear,
     four_bit_linear,
-    gather_logps,
     leaf,
     placed,
     problem,
     recipe,
     results,
 )
+from naive import gather_logps
 from torch import nn
 
 from dilkern import linear_logps

@@ -56,17 +56,16 @@ def test_blocks_and_rows_move_one_at_a_time(kind):
 def test_no_operation_mixes_devices():
     """Every kind of head, on a made-up device and on the CPU under hidden states there."""
     pytest.importorskip("bitsandbytes")
-    script = Path(__file__).parents[1] / "head_devices.py"
+    script = Path(__file__).parents[1] / "helpers" / "head_devices.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.stdout.strip() == "8 heads", done.stderr
 
 
-def linear_on_the_cpu(kind, monkeypatch):
+def linear_on_the_cpu(kind):
     """Return a linear that stays on the CPU and its fp64 weight."""
     if kind != "dense":
         pytest.importorskip("bitsandbytes")
-    with monkeypatch.context() as here:
-        here.setattr(head_cases, "DEVICE", "cpu")
+    with head_cases.made_on("cpu"):
         if kind == "dense":
             linear = nn.Linear(D, V).double()
             return linear, linear.weight
@@ -78,12 +77,12 @@ def linear_on_the_cpu(kind, monkeypatch):
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("kind", ["dense", "four_bit", "eight_bit"])
-def test_gradients_of_a_streamed_head(kind, lora, train, pinned, device, monkeypatch):
+def test_gradients_of_a_streamed_head(kind, lora, train, pinned, device):
     if pinned and device == "cpu":
         pytest.skip("memory is pinned for a GPU")
     if train and kind != "dense":
         pytest.skip("quantised weights are not trained")
-    linear, weight = linear_on_the_cpu(kind, monkeypatch)
+    linear, weight = linear_on_the_cpu(kind)
     linear.requires_grad_(train)
     if pinned:
         for p in linear.parameters():

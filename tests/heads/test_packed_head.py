@@ -9,13 +9,13 @@ from head_cases import (
     V,
     check_budget,
     check_exact,
-    gather_logps,
     leaf,
     placed,
     problem,
     recipe,
     results,
 )
+from naive import gather_logps
 
 from dilkern import linear_logps
 from dilkern.lm_head import Adapter, EightBitHead, FourBit, FourBitHead, LoRAHead

@@ -14,7 +14,6 @@ from head_cases import (
     V,
     assert_exact,
     check_exact,
-    gather_logps,
     leaf,
     naive_logits,
     problem,
@@ -28,6 +27,7 @@ from head_ranks import (
     vocab_parallel,
     vocab_parallel_four_bit,
 )
+from naive import gather_logps
 from torch import nn
 
 from dilkern import linear_logps

@@ -13,7 +13,7 @@ from zero3_ranks import all_kinds
 pytest.importorskip("deepspeed", reason="`make zero3` installs DeepSpeed aside")
 pytestmark = pytest.mark.slow
 
-TESTS = Path(__file__).resolve().parents[1]
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 
 
 def test_losses_and_gradients_of_every_kind_of_head(tmp_path):
@@ -23,9 +23,9 @@ def test_losses_and_gradients_of_every_kind_of_head(tmp_path):
 def test_trainer_gives_the_losses_of_one_process(tmp_path):
     for package in ("trl", "peft"):
         pytest.importorskip(package)
-    script = [str(TESTS / "zero3_trainer.py"), str(tmp_path)]
+    script = [str(HELPERS / "zero3_trainer.py"), str(tmp_path)]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", str(TESTS.parent))])
+    path = os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", str(HELPERS.parents[1]))])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     for command in (script, [*torchrun, "--rdzv_endpoint", "localhost:0", *script]):
         command = [sys.executable, "-W", "ignore", *command]

@@ -12,15 +12,16 @@ import pytest
 import tiny_models as tiny
 import torch
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
+HELPERS = ROOT / "tests" / "helpers"
 
 
 def torchrun(worker, *arguments):
     """Run a worker on two processes of this machine."""
-    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", str(HERE.parent.parent))])
+    path = os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", str(ROOT))])
     command = [
         sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2",
-        "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(HERE / worker), *arguments,
+        "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(HELPERS / worker), *arguments,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -5,6 +5,7 @@ import tiny_models as tiny
 import torch
 import trl
 from datasets import Dataset
+from naive import gather_logps
 from training_runs import COMMON, column, losses, same_steps
 from trl import DPOConfig, DPOTrainer
 
@@ -38,8 +39,8 @@ def batch_of(trainer):
 def full_logps(model, inputs):
     """Summed log-probs of the completions by full logits."""
     with torch.no_grad():
-        logits = model(**model_inputs(inputs)).logits[:, :-1].log_softmax(-1)
-    picked = logits.gather(2, inputs["input_ids"][:, 1:, None])[..., 0]
+        logits = model(**model_inputs(inputs)).logits[:, :-1]
+    picked = gather_logps(logits, inputs["input_ids"][:, 1:])
     return (picked * inputs["completion_mask"][:, 1:]).sum(1)
 
 

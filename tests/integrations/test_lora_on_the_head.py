@@ -5,6 +5,7 @@ import copy
 import pytest
 import tiny_models as tiny
 import torch
+from naive import gather_logps
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from training_runs import four_bit, losses, same_steps
@@ -27,8 +28,7 @@ class FullLogits(Trainer):
 
     def log_ratios(self, inputs, model):
         logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        logps = logits[:, :-1].float().log_softmax(-1)
-        picked = logps.gather(2, inputs["input_ids"][:, 1:, None])[..., 0]
+        picked = gather_logps(logits[:, :-1].float(), inputs["input_ids"][:, 1:])
         mask = inputs["completion_mask"][:, 1:]
         return (picked * mask).sum(1) / mask.sum(1)
 

@@ -4,13 +4,10 @@ The variable must be set before Triton is imported, hence the environment and no
 """
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-HERE = Path(__file__).parent
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -56,6 +53,3 @@ def _set_form(monkeypatch, form):
     monkeypatch.setattr(
         configs, "tile", lambda *a: tile(*a)._replace(descriptors=form == "descriptors")
     )
-
-
-sys.path.insert(0, str(HERE))

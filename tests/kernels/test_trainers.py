@@ -1,18 +1,13 @@
 """Trainers launch the fused sequence-loss kernel, and get the numbers of the torch path."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import tiny_models
 import torch
+import training_runs
 
 from dilkern import preference
 from dilkern.integrations.transformers import compute_loss, install_head
 from dilkern.integrations.trl import DILConfig, DILTrainer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integrations"))
-import tiny_models
-import training_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainer libraries
 

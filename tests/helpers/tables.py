@@ -1,4 +1,4 @@
-"""Tables of the README that are made from the code: `python tests/tables.py` prints them."""
+"""Tables of the README that are made from the code: `python tests/helpers/tables.py` prints them."""
 
 from dilkern import LOSSES
 

@@ -1,6 +1,7 @@
 """Short training runs for the trainer tests: settings, what to read off them, and a twin."""
 
 import torch
+from naive import gather_logps
 from peft import LoraConfig
 from trl import DPOTrainer
 
@@ -50,8 +51,7 @@ class FullLogitsLSIF(DPOTrainer):
 
     def _sequence_logps(self, model, inputs):
         logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        logps = logits[:, :-1].log_softmax(-1)
-        picked = logps.gather(2, inputs["input_ids"][:, 1:, None])[..., 0]
+        picked = gather_logps(logits[:, :-1], inputs["input_ids"][:, 1:])
         mask = inputs["completion_mask"][:, 1:]
         return (picked * mask).sum(1), mask.sum(1)
 

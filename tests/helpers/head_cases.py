@@ -6,24 +6,37 @@ of budget.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from budget import Budget
+from naive import gather_logps
 from torch import Tensor
 
 from dilkern import linear_logps
 
 V, D, T = 301, 64, 23
 # Where problems and heads are made: the fixture `device` of heads/conftest.py says "cuda" on a GPU.
-DEVICE = "cpu"
+DEVICE = ContextVar("device under test", default="cpu")
 DenseParts = Callable[[], tuple[Tensor, Tensor | None]]
+
+
+@contextmanager
+def made_on(device: str) -> Iterator[None]:
+    """Let problems and heads be made on `device`."""
+    token = DEVICE.set(device)
+    try:
+        yield
+    finally:
+        DEVICE.reset(token)
 
 
 def placed(thing: Any) -> Any:
     """Return a tensor or module on the device under test."""
-    return thing.to(DEVICE)
+    return thing.to(DEVICE.get())
 
 
 def leaf(*shape: int, grad: bool = True) -> Tensor:
@@ -41,13 +54,6 @@ def problem(
     labels[1], labels[2] = vocab_size - 1, 0
     g = torch.randn(T, dtype=torch.float64)
     return placed(hidden.to(dtype)).requires_grad_(), placed(labels), placed(g)
-
-
-def gather_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    scored = labels != -100
-    logps = logits.log_softmax(-1)
-    picked = logps.gather(-1, labels.where(scored, 0).unsqueeze(-1)).squeeze(-1)
-    return picked.where(scored, 0.0)
 
 
 def naive_logits(

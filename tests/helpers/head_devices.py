@@ -1,7 +1,7 @@
 """Where heads put what they compute, on a machine without a GPU; see heads/test_offloaded_head.py.
 
 Fake tensors on a made-up device: they have no numbers, but refuse any operation that mixes devices.
-The made-up device stays for the life of a process, hence a script: `python tests/head_devices.py`.
+The made-up device stays for the life of a process, hence a script.
 """
 
 from itertools import product

@@ -14,13 +14,13 @@ from head_cases import (
     assert_exact,
     eight_bit_linear,
     four_bit_linear,
-    gather_logps,
     leaf,
     naive_logits,
     placed,
     problem,
     results,
 )
+from naive import gather_logps
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -33,7 +33,7 @@ CUT = 140  # uneven on purpose
 
 def _enter(rank, scenario, path, device, world):
     torch.set_num_threads(1)
-    head_cases.DEVICE = device
+    head_cases.DEVICE.set(device)
     # NCCL takes one process per GPU; gloo lets two share one, but has no all-gather of GPU tensors.
     backend = "nccl" if device == "cuda" and world == 1 else "gloo"
     dist.init_process_group(backend, init_method=f"file://{path}", rank=rank, world_size=world)
@@ -55,7 +55,7 @@ def rank_problem(rank):
 
 def shard(module):
     """FSDP2 over all ranks; without a mesh it would take a GPU wherever there is one."""
-    fully_shard(module, mesh=init_device_mesh(head_cases.DEVICE, (dist.get_world_size(),)))
+    fully_shard(module, mesh=init_device_mesh(head_cases.DEVICE.get(), (dist.get_world_size(),)))
 
 
 def averaged(rank, make):

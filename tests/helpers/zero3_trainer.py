@@ -5,8 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "integrations"))
-
 import tiny_models as tiny
 import torch
 from peft import LoraConfig
