@@ -370,6 +370,9 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     models: Annotated[str, typer.Option(help=f"of {', '.join(MODELS)}")] = "",
     rounds: Annotated[int, typer.Option(help="interleaved steps")] = 5,
+    processes: Annotated[
+        bool | None, typer.Option(help="one process per method; default: on a CPU")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="result file without suffix")] = None,
     cap_gib: Annotated[
         float, typer.Option(help="0, or: the longest sequence under so much GPU memory")
@@ -394,7 +397,7 @@ def main(
                 one = replace(setup, pairs=1, checkpoint=True)
                 rows = longest_under(one, cap_gib, unit, most, tick)
             else:
-                rows = measure(setup, rounds, tick)
+                rows = measure(setup, rounds, tick, processes)
             append_rows(table, rows, FIELDS)  # a call that is cut off leaves its models
             beside(stem, ".md").write_text(steps_table(read_rows(table)))
     print(f"{steps_table(read_rows(table))}{table}")

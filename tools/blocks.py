@@ -1,4 +1,4 @@
-"""How many rows and words the op has in work at once: `python -m benchmarks.blocks`.
+"""How many rows and words the op has in work at once: `python -m tools.blocks`.
 
 The whole op with other block shapes than its own plan's, in interleaved rounds. On a CPU it is the
 torch backend, and after it the elementwise part of one block (online log-sum-exp, exp, sum) done over
@@ -12,18 +12,19 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 from unittest import mock
 
 import torch
 import typer
 from torch import Tensor
 
-from benchmarks import environment
-from benchmarks.cases import Case, case_of, make_inputs
-from benchmarks.measure import BareGemm, PeakMemory, execute, spread
+from benchmarks.cases import BY_WIDTH, Case, case_of, make_inputs
+from benchmarks.environment import begin, beside, default_stem, markdown
+from benchmarks.measure import BareGemm, PeakMemory, Plan, execute, interleave, spread
 from benchmarks.peers import PEERS
 from benchmarks.run import select_cases
 from dilkern.backends import base
@@ -35,10 +36,9 @@ SHAPES = {
     ),
     "triton": tuple((r, v) for r in (1024, 2048, 4096, 8192) for v in (8192, 16384, 32768, 65536)),
 }
-GPU_CASES = ",".join(
-    f"{head}@8192-bfloat16-frozen" for head in ("qwen3-0.6b", "llama-3.2-1b", "llama-3-8b")
-)
+GPU_CASES = ",".join(case_of(head, 8192, dtype="bfloat16").key for head in BY_WIDTH[::-1])
 STRIPS = (32, 64, 128, 256, 1024)
+Job = Callable[[], object]
 
 
 def fold(z: Tensor, reference: Tensor, total: Tensor, strip: int) -> None:
@@ -52,62 +52,59 @@ def fold(z: Tensor, reference: Tensor, total: Tensor, strip: int) -> None:
         total[part].add_(z[part].sub_(moved.unsqueeze(1)).exp_().sum(1))
 
 
-def interleaved(
-    jobs: dict[str, Callable[[], object]], rounds: int
-) -> dict[str, tuple[list[float], list[float], int]]:
-    """Wall seconds, CPU seconds and page faults of the last round per job, order rotated."""
-    found: dict[str, tuple[list[float], list[float], int]] = {n: ([], [], 0) for n in jobs}
-    names = list(jobs)
-    for number in range(-1, rounds):
-        turn = (number + 1) % len(names)
-        for name in names[turn:] + names[:turn]:
-            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            wall, cpu = time.perf_counter(), time.process_time()
-            jobs[name]()
-            if number >= 0:
-                found[name][0].append(time.perf_counter() - wall)
-                found[name][1].append(time.process_time() - cpu)
-                faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-                found[name] = (*found[name][:2], faults)
-    return found
+class Usage(NamedTuple):
+    """Of one call: wall seconds, CPU seconds, page faults."""
+
+    total: float
+    cpu: float
+    faults: int
 
 
-def whole_op(
-    case: Case, device: torch.device | str = "cpu", name: str = "torch"
-) -> dict[str, Callable[[], object]]:
+def used(job: Job) -> Usage:
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    wall, cpu = time.perf_counter(), time.process_time()
+    job()
+    seconds = time.perf_counter() - wall, time.process_time() - cpu
+    return Usage(*seconds, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+
+
+def replaced(module: object, name: str, answer: object, job: Job) -> Job:
+    """`job` with a function of the package giving `answer`."""
+
+    def run() -> object:
+        with mock.patch.object(module, name, lambda *_, **unused: answer):
+            return job()
+
+    return run
+
+
+def whole_op(case: Case, device: torch.device | str = "cpu", name: str = "torch") -> dict[str, Job]:
     """naive, the bare GEMM, the op of backend `name` with its own plan and with every other shape."""
     inputs = make_inputs(case, device).require_grads()
-    backend, peer = import_module(base.BACKENDS[name]), PEERS[f"dilkern-{name}"]
-
-    def with_shape(shape: tuple[int, int]) -> object:
-        with mock.patch.object(backend, "_plan", lambda *_, **unused: base.Blocks(*shape)):
-            return execute(peer, inputs)
-
-    jobs: dict[str, Callable[[], object]] = {
+    backend, op = (
+        import_module(base.BACKENDS[name]),
+        partial(execute, PEERS[f"dilkern-{name}"], inputs),
+    )
+    shared: dict[str, Job] = {
         "bare GEMM": BareGemm(inputs).run,
-        "naive": lambda: execute(PEERS["naive"], inputs),
-        "own plan": lambda: execute(peer, inputs),
+        "naive": partial(execute, PEERS["naive"], inputs),
     }
-    jobs |= {f"{r} x {v}": lambda shape=(r, v): with_shape(shape) for r, v in SHAPES[name]}
+    fit = {(min(r, case.tokens), min(v, case.vocab)) for r, v in SHAPES[name]}
+    jobs: dict[str, Job] = {"own plan": op} | {
+        f"{r} x {v}": replaced(backend, "_plan", base.Blocks(r, v), op) for r, v in sorted(fit)
+    }
     if name == "torch":
-        return jobs
-    jobs["torch backend"] = lambda: execute(PEERS["dilkern-torch"], inputs)
+        return shared | jobs
+    shared["torch backend"] = partial(execute, PEERS["dilkern-torch"], inputs)
     configs = import_module("dilkern.kernels.configs")
-
-    def by(own: bool, job: Callable[[], object]) -> Callable[[], object]:
-        def run() -> object:
-            with mock.patch.object(configs, "own_product", lambda *unused: own):
-                return job()
-
-        return run
-
-    shared = ("bare GEMM", "naive", "torch backend")
-    both = {f"(a) {name}": by(False, job) for name, job in jobs.items() if name not in shared}
-    both |= {f"(b) {name}": by(True, job) for name, job in jobs.items() if name not in shared}
-    return {name: jobs[name] for name in shared} | both
+    return shared | {
+        f"({path}) {name}": replaced(configs, "own_product", path == "b", job)
+        for path in "ab"
+        for name, job in jobs.items()
+    }
 
 
-def strips(rows: int = 1024, words: int = 4096) -> dict[str, Callable[[], object]]:
+def strips(rows: int = 1024, words: int = 4096) -> dict[str, Job]:
     logits = torch.randn(rows, words)
     z = torch.empty_like(logits)
 
@@ -118,30 +115,21 @@ def strips(rows: int = 1024, words: int = 4096) -> dict[str, Callable[[], object
     return {f"strips of {s}": lambda s=s: job(s) for s in STRIPS if s <= rows}
 
 
-def report(
-    title: str,
-    jobs: dict[str, Callable[[], object]],
-    rounds: int,
-    device: torch.device | str = "cpu",
-) -> str:
+def report(title: str, jobs: dict[str, Job], rounds: int, device: str = "cpu") -> str:
     peaks = {}
     for name, job in jobs.items():  # which warms every job up as well
         with PeakMemory(torch.device(device)) as peak:
             job()
         peaks[name] = peak.mib
-    lines = [
-        f"{title}, {rounds} rounds",
-        "",
-        "| | wall min ms | wall median | CPU min | page faults | peak of the first call, MiB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, (wall, cpu, faults) in interleaved(jobs, rounds).items():
-        walls, cpus = spread(wall, "wall"), spread(cpu, "cpu")
-        lines.append(
-            f"| {name} | {walls['wall_ms_min']:.2f} | {walls['wall_ms']:.2f} "
-            f"| {cpus['cpu_ms_min']:.2f} | {faults} | {peaks[name]:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+    samples, _ = interleave({n: partial(used, job) for n, job in jobs.items()}, Plan(rounds))
+    lines = []
+    for name, mine in samples.items():
+        wall = spread([usage.total for usage in mine], "wall")
+        cpu = 1000 * min(usage.cpu for usage in mine)
+        times = (f"{ms:.2f}" for ms in (wall["wall_ms_min"], wall["wall_ms"], cpu))
+        lines.append([name, *times, mine[-1].faults, f"{peaks[name]:.0f}"])
+    header = "|wall min ms|wall median|CPU min|page faults|peak of the first call, MiB"
+    return f"{title}, {rounds} rounds\n\n{markdown(header, lines)}"
 
 
 def main(
@@ -155,18 +143,17 @@ def main(
     name = backend or ("triton" if device == "cuda" else "torch")
     chosen = select_cases(cases or (GPU_CASES if device == "cuda" else case_of("claim", 2048).key))
     where = torch.device(device)
-    stem = environment.default_stem(where)
-    stem = out or stem.with_name(f"{stem.name}-blocks")
-    environment.record(stem.with_name(stem.name + ".json"), where)
-    text = ""
+    stem = out or default_stem(where, "blocks")
+    begin(stem, where)
+    text, table = "", beside(stem, ".md")
     for case in chosen:
         title = f"{case.key}, V={case.vocab} D={case.hidden}"
-        text += report(title, whole_op(case, where, name), rounds, where) + "\n"
-        stem.with_name(stem.name + ".md").write_text(text)
+        text += report(title, whole_op(case, where, name), rounds, device) + "\n"
+        table.write_text(text)
     if device == "cpu" and name == "torch":
         text += report("elementwise part of a 1024 x 4096 block", strips(), rounds * 3)
-        stem.with_name(stem.name + ".md").write_text(text)
-    print(text + str(stem.with_name(stem.name + ".md")))
+        table.write_text(text)
+    print(f"{text}{table}")
 
 
 if __name__ == "__main__":
