@@ -386,9 +386,11 @@ def main(
     stem = out or default_stem(where, "longest" if cap_gib else "steps")
     table = beside(stem, ".csv")
     done = {row["model"] for row in read_rows(table)}
-    begin(stem, where)
+    todo = setups(device, [name for name in names.split(",") if name not in done])
+    if todo:
+        begin(stem, where)
     with Console(stderr=True).status("") as status:
-        for setup in setups(device, [name for name in names.split(",") if name not in done]):
+        for setup in todo:
 
             def tick(text: str, name: str = setup.model) -> None:
                 status.update(f"{name}: {text}")
