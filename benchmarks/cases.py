@@ -168,20 +168,24 @@ def _packed() -> list[Case]:
     ]
 
 
-def _along(base: Case, **axes: tuple[float, ...]) -> Callable[[], list[Case]]:
-    """One axis moves, the others stay; the head's name makes each key its own."""
-    return lambda: [
-        replace(base, **{"head": f"scaling-{axis}-{value:g}", axis: value})
-        for axis, values in axes.items()
-        for value in values
-    ]
-
-
 class CaseSet(NamedTuple):
     cases: Callable[[], list[Case]]
     peers: str = "all"  # a set with peers of its own has a result file of its own
 
 
+def _scaling(base: Case, backend: str, **axes: range | tuple[int, ...]) -> CaseSet:
+    """One axis moves (a range: by powers of 2), the others stay; the head's name tells the points."""
+
+    def cases() -> list[Case]:
+        values = {a: [1 << n for n in v] if isinstance(v, range) else v for a, v in axes.items()}
+        points = [(axis, value) for axis, mine in values.items() for value in mine]
+        return [replace(base, **{"head": f"scaling-{a}-{v}", a: v}) for a, v in points]
+
+    return CaseSet(cases, f"naive,dilkern-{backend}")
+
+
+_ON_CPU = {"tokens": range(8, 12), "vocab": range(12, 16), "hidden": range(7, 11)}
+_ON_GPU = {"tokens": range(10, 16), "vocab": range(14, 19), "hidden": range(9, 14)}
 CASE_SETS = {
     "tiny": CaseSet(_tiny),
     "claim": CaseSet(lambda: [case_of("claim", 2048)], "naive,trl,dilkern-torch"),
@@ -189,28 +193,17 @@ CASE_SETS = {
     "cpu-real": CaseSet(lambda: [case_of("qwen3-0.6b", 512), case_of("gemma-3-270m", 512)]),
     "packed": CaseSet(_packed, "naive,dilkern-torch"),
     "gpu": CaseSet(_gpu),
-    "scaling": CaseSet(
-        _along(
-            case_of("scaling", 1024),
-            tokens=(256, 512, 1024, 2048),
-            vocab=(4096, 8192, 16384, 32768),
-            hidden=(128, 256, 512, 1024),
-            workspace_mib=(4, 16, 64, 256),
-        ),
-        "naive,dilkern-torch",
+    "scaling": _scaling(
+        case_of("scaling", 1024), "torch", **_ON_CPU, workspace_mib=(4, 16, 64, 256)
     ),
-    "scaling-gpu": CaseSet(
-        _along(
-            case_of("scaling-gpu", 8192, dtype="bfloat16"),
-            tokens=(1024, 2048, 4096, 8192, 16384, 32768),
-            vocab=(16384, 32768, 65536, 131072, 262144),
-            hidden=(512, 1024, 2048, 4096, 8192),
-            workspace_mib=(64, 128, 256, 512, 1024),
-        ),
-        "naive,dilkern-triton",
+    "scaling-gpu": _scaling(
+        case_of("scaling-gpu", 8192, dtype="bfloat16"),
+        "triton",
+        **_ON_GPU,
+        workspace_mib=range(6, 11),
     ),
-    "scaling-tiny": CaseSet(
-        _along(case_of("tiny", 16), tokens=(16, 32), workspace_mib=(1, 4)), "naive,dilkern-torch"
+    "scaling-tiny": _scaling(
+        case_of("tiny", 16), "torch", tokens=range(4, 6), workspace_mib=(1, 4)
     ),
 }
 

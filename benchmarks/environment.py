@@ -15,13 +15,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import dilkern
 from benchmarks import cases
-from benchmarks.peers import versions
+from benchmarks.peers import PEERS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -67,6 +69,20 @@ def identity() -> dict[str, Any]:
         return {"commit": "unknown", "dirty": True, "fingerprint": fingerprint()}
     found = json.loads(noted.read_text())
     found["dirty"] |= found["fingerprint"] != fingerprint()
+    return found
+
+
+def versions() -> dict[str, str]:
+    """The version of every package that has a peer, and of those they stand on."""
+    found = {}
+    for name in sorted({p.package for p in PEERS.values()} | {"triton", "transformers", "numpy"}):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    found["torch"] = torch.__version__  # with its build, which the metadata may not have
+    if found["dilkern"] == "not installed":
+        found["dilkern"] = f"{dilkern.__version__} (checkout)"
     return found
 
 

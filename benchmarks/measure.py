@@ -9,6 +9,7 @@ in this process (a second process would hold the same GPU memory twice) and torc
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -21,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,16 +31,12 @@ from benchmarks.cases import Case, Inputs, load_inputs, make_inputs, vocab_block
 from benchmarks.peers import PEERS, Peer
 from benchmarks.truth import Truth, compute_truth, errors, refusal
 
+atexit.register(gc.unfreeze)  # what `measure_group` freezes would count as leaked
 MIB = 2**20
 GEMM_BUFFER_MIB = {"cpu": 64, "cuda": 1024}
 MIN_ROUNDS = 3
 # What workers need; a package that is missing here costs its peer's row and nothing else.
-IMPORTS = [
-    "benchmarks.measure",
-    "trl.kernels.chunked_logprob",
-    "liger_kernel.chunked_loss",
-    "dilkern",
-]
+IMPORTS = ["trl.kernels.chunked_logprob", "liger_kernel.chunked_loss", "dilkern", __name__]
 
 
 class Timing(NamedTuple):
@@ -49,12 +46,6 @@ class Timing(NamedTuple):
     total: float
 
 
-class HasTotal(Protocol):
-    @property
-    def total(self) -> float: ...
-
-
-Sample = TypeVar("Sample", bound=HasTotal)
 Tick = Callable[[str], None]
 
 
@@ -62,11 +53,9 @@ def silent(text: str) -> None:
     """No progress shown."""
 
 
-def _status_kib(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
+def _status_mib(field: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) / 1024
 
 
 class PeakMemory:
@@ -75,56 +64,48 @@ class PeakMemory:
     mib: float
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.cuda = device.type == "cuda"
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
-        if self.device.type == "cuda":
+        if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated()
+            self.start = torch.cuda.memory_allocated() / MIB
         else:
             # Freed heap that stays resident would hide a peak: give it back first.
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
-            self.start = _status_kib("VmRSS")
+            self.start = _status_mib("VmRSS")
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            self.mib = (torch.cuda.max_memory_allocated() - self.start) / MIB
-        else:
-            self.mib = (_status_kib("VmHWM") - self.start) / 1024
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() / MIB if self.cuda else _status_mib("VmHWM")
+        self.mib = peak - self.start
 
 
 class Clock:
     """Marks in time: events of the stream on a GPU, so that no mark stops it; else perf_counter."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        _synchronize(device)
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            torch.cuda.synchronize()
         self.marks: list[Any] = []
         self.mark()
 
     def mark(self) -> None:
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
+        if self.cuda:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
         else:
             self.marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
         """From the start to each mark."""
         first, *later = self.marks
-        if self.device.type != "cuda":
+        if not self.cuda:
             return [mark - first for mark in later]
         later[-1].synchronize()
         return [first.elapsed_time(mark) / 1000 for mark in later]
@@ -324,18 +305,18 @@ class Plan:
 
 
 def interleave(
-    jobs: Mapping[str, Callable[[], Sample]],
+    jobs: Mapping[Any, Callable[[], Any]],
     plan: Plan,
     tick: Tick = silent,
     yardstick: str = "",
-) -> tuple[dict[str, list[Sample]], dict[str, WorkerFailed]]:
-    """Call all jobs in turn, the order rotated each round; each has already run once.
+) -> tuple[dict[Any, list[Any]], dict[Any, WorkerFailed]]:
+    """The loop: call all jobs in turn, the order rotated each round; each has already run once.
 
     Returns the samples, and what failed. A job that has used more than twice its share of
     `plan.seconds` leaves after MIN_ROUNDS, so that one slow job does not eat the rounds of the others;
     not so the yardstick of all.
     """
-    times: dict[str, list[Sample]] = {name: [] for name in jobs}
+    times: dict[Any, list[Any]] = {name: [] for name in jobs}
     failed: dict[str, WorkerFailed] = {}
     share = 2 * plan.seconds / max(1, len(jobs))
     start = time.monotonic()
@@ -385,6 +366,7 @@ def contest(
     """Per task its memory and errors, or why it has no figures; then the timings, gemm's among them."""
     rows: dict[str, dict[str, Any]] = {name: {} for name in tasks}
     jobs: dict[str, Callable[[], Timing]] = {}
+    open_tasks = dict(tasks)
     try:
         for name, task in tasks.items():
             tick(name)
@@ -402,13 +384,13 @@ def contest(
                     continue
                 row |= {"status": "refused", "reason": reason}
             row.pop("peak_mib", None)
-            task.close()
+            open_tasks.pop(name).close()
         if gemm is not None:
             jobs["gemm"] = partial(gemm.call, "run")
             jobs["gemm"]()  # warm
         times, lost = interleave(jobs, plan, tick, yardstick="gemm")
     finally:
-        for task in [*tasks.values(), *filter(None, [gemm])]:
+        for task in [*open_tasks.values(), *filter(None, [gemm])]:
             task.close()
     for name, failed in lost.items():
         rows[name] |= failed.row()
@@ -450,6 +432,9 @@ def measure_group(
     if device.type == "cuda":
         # All cases compile the same functions: past Dynamo's limit of variants they would run eagerly.
         torch.compiler.reset()
+    # What is alive now is no garbage: looking through it takes half a second for every peer.
+    gc.collect()
+    gc.freeze()
 
     with tempfile.TemporaryDirectory(prefix="dilkern-bench-") as folder:
         tensors, truth_file = Path(folder, "inputs.pt"), Path(folder, "truth.pt")

@@ -31,22 +31,9 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks import measure
 from benchmarks.cases import SEED, build_layer, label_logps
 from benchmarks.environment import append_rows, begin, beside, default_stem, read_rows
-from benchmarks.measure import (
-    Local,
-    PeakMemory,
-    Plan,
-    Tick,
-    Timing,
-    Worker,
-    WorkerFailed,
-    contest,
-    is_out_of_memory,
-    silent,
-    spread,
-    timed,
-)
 from benchmarks.report import steps_table
 from benchmarks.truth import FP32, refusal, relative
 
@@ -80,32 +67,29 @@ class Setup:
         return 2 * self.pairs * self.length
 
 
-def _config(
-    kind: str, vocab: int, hidden: int, inner: int, layers: int, heads: int, kv: int, **more: Any
-) -> Any:
+SHAPE = (
+    *("vocab_size", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+)
+MODELS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
+    # No smaller: bitsandbytes 0.50 decodes wrongly on a CPU where D is no multiple of its block of 64.
+    "micro": ("Llama", (512, 64, 128, 1, 2, 2), {}),
+    "tiny-llama-32k": ("Llama", (32768, 256, 688, 4, 4, 2), {}),
+    "llama-3.2-1b": ("Llama", (128256, 2048, 8192, 16, 32, 8), {}),
+    "qwen3-0.6b": ("Qwen3", (151936, 1024, 3072, 28, 16, 8), {"head_dim": 128}),
+    "qwen3-8b": (
+        *("Qwen3", (151936, 4096, 12288, 36, 32, 8)),
+        {"head_dim": 128, "tie_word_embeddings": False},
+    ),
+}
+
+
+def config_of(name: str) -> Any:
     import transformers
 
-    return getattr(transformers, kind)(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        max_position_embeddings=1 << 20,
-        **({"tie_word_embeddings": True} | more),
-    )
-
-
-_llama, _qwen3 = partial(_config, "LlamaConfig"), partial(_config, "Qwen3Config", head_dim=128)
-MODELS = {
-    # No smaller: bitsandbytes 0.50 decodes wrongly on a CPU where D is no multiple of its block of 64.
-    "micro": lambda: _llama(512, 64, 128, 1, 2, 2),
-    "tiny-llama-32k": lambda: _llama(32768, 256, 688, 4, 4, 2),
-    "llama-3.2-1b": lambda: _llama(128256, 2048, 8192, 16, 32, 8),
-    "qwen3-0.6b": lambda: _qwen3(151936, 1024, 3072, 28, 16, 8),
-    "qwen3-8b": lambda: _qwen3(151936, 4096, 12288, 36, 32, 8, tie_word_embeddings=False),
-}
+    kind, shape, more = MODELS[name]
+    shared = {"max_position_embeddings": 1 << 20, "tie_word_embeddings": True}
+    return getattr(transformers, f"{kind}Config")(**(shared | dict(zip(SHAPE, shape)) | more))
 
 
 def build_model(setup: Setup, dtype: torch.dtype, fused: bool) -> Any:
@@ -117,9 +101,8 @@ def build_model(setup: Setup, dtype: torch.dtype, fused: bool) -> Any:
     torch.manual_seed(SEED)
     # Made in the measured dtype: an fp64 copy is the truth of the same weights.
     with torch.device(setup.device):
-        base = AutoModelForCausalLM.from_config(
-            MODELS[setup.model](), dtype=getattr(torch, setup.dtype)
-        )
+        dense = getattr(torch, setup.dtype)
+        base = AutoModelForCausalLM.from_config(config_of(setup.model), dtype=dense)
     if setup.four_bit:
         quantise(base, decoded=dtype is torch.float64)
     if dtype is torch.float64:
@@ -136,7 +119,7 @@ def build_model(setup: Setup, dtype: torch.dtype, fused: bool) -> Any:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 drawn = 0.05 * torch.randn(parameter.shape, generator=rng)
-                parameter.copy_(drawn.to(getattr(torch, setup.dtype)))
+                parameter.copy_(drawn.to(dense))
                 assert "lora" in name
     return model
 
@@ -161,8 +144,7 @@ def quantise(model: Any, decoded: bool) -> None:
 
 def make_batch(setup: Setup) -> tuple[Tensor, Tensor]:
     """Token ids from a Zipf law, (2 * pairs, length), and labels with the prompt ignored."""
-    vocab = MODELS[setup.model]().vocab_size
-    rng = torch.Generator().manual_seed(SEED)
+    rng, (vocab, *_) = torch.Generator().manual_seed(SEED), MODELS[setup.model][1]
     zipf = (torch.arange(vocab, dtype=torch.float32) + 2.7).reciprocal()
     shape = (2 * setup.pairs, setup.length)
     ids = torch.multinomial(zipf, setup.tokens, replacement=True, generator=rng).view(shape)
@@ -235,7 +217,7 @@ class StepTask:
         cut = self.setup.prompt + 2
         self.loss(self.ids[:, :cut], self.labels[:, :cut]).backward()
         self.optimizer.zero_grad()
-        with PeakMemory(torch.device(self.setup.device)) as peak:
+        with measure.PeakMemory(torch.device(self.setup.device)) as peak:
             self.step()
         return {"peak_mib": peak.mib}
 
@@ -244,26 +226,28 @@ class StepTask:
         self.loss(self.ids, self.labels).backward()
         self.optimizer.step()
 
-    def run(self) -> Timing:
-        return timed(self.step, torch.device(self.setup.device))
+    def run(self) -> measure.Timing:
+        return measure.timed(self.step, torch.device(self.setup.device))
 
     def fits(self, length: int) -> bool:
         """Whether a step on sequences of `length` ends without running out of memory."""
         self.ids, self.labels = make_batch(replace(self.setup, length=length, prompt=length // 4))
+        fitted = True
         try:
             self.run()
         except RuntimeError as error:
-            if not is_out_of_memory(str(error)):
+            if not measure.is_out_of_memory(str(error)):
                 raise
             fitted = False
-        else:
-            fitted = True
         # Outside the except block: the traceback holds the tensors of the failed step.
+        self.close()
+        return fitted
+
+    def close(self) -> None:
         self.optimizer.zero_grad()
         gc.collect()
         if self.setup.device == "cuda":
             torch.cuda.empty_cache()
-        return fitted
 
 
 def step_band(name: str, dtype: torch.dtype) -> float:
@@ -274,13 +258,13 @@ def step_band(name: str, dtype: torch.dtype) -> float:
     return 256 * FP32 if name == "loss_err" and dtype is torch.float32 else 16 * own
 
 
-def measure(
-    setup: Setup, rounds: int, tick: Tick = silent, remote: bool | None = None
+def steps(
+    setup: Setup, rounds: int, tick: measure.Tick = measure.silent, remote: bool | None = None
 ) -> list[dict[str, Any]]:
     """One row per method, refused and failed ones too; `remote` as in `measure_group`."""
     threads = torch.get_num_threads()
     remote = setup.device == "cpu" if remote is None else remote
-    start = partial(Worker if remote else Local, StepTask, setup)
+    start = partial(measure.Worker if remote else measure.Local, StepTask, setup)
 
     def ask(name: str, exact: bool, question: str, *values: Any) -> Any:
         """In a task of its own, which is gone before the next comes."""
@@ -294,19 +278,19 @@ def measure(
     try:
         truth = ask("naive", True, "gradients")
         budget = ask("naive", False, "check", truth)
-    except WorkerFailed as failed:  # nobody can be judged
+    except measure.WorkerFailed as failed:  # nobody can be judged
         return [{"method": method} | asdict(setup) | failed.row() for method in METHODS]
-    rows, times = contest(
+    rows, times = measure.contest(
         {method: start(method, threads) for method in METHODS},
         truth,
         partial(refusal, budget=budget, dtype=getattr(torch, setup.dtype), band=step_band),
-        Plan(rounds),
+        measure.Plan(rounds),
         tick,
     )
     for method in METHODS:
         row = rows[method] = {"method": method} | asdict(setup) | rows[method]
         if row["status"] == "ok":
-            row |= spread([t.total for t in times[method]], "step")
+            row |= measure.spread([t.total for t in times[method]], "step")
             row["tokens_per_s"] = 1000 * setup.tokens / row["step_ms"]
             row["tokens_per_s_max"] = 1000 * setup.tokens / row["step_ms_min"]
     return list(rows.values())
@@ -329,7 +313,7 @@ def longest(trial: Callable[[int], bool], unit: int, most: int) -> int:
 
 
 def longest_under(
-    setup: Setup, cap_gib: float, unit: int, most: int, tick: Tick = silent
+    setup: Setup, cap_gib: float, unit: int, most: int, tick: measure.Tick = measure.silent
 ) -> list[dict[str, Any]]:
     """One row per method: the longest sequence whose step fits under `cap_gib` of GPU memory."""
     if setup.device == "cuda":
@@ -337,9 +321,9 @@ def longest_under(
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * 2**30 / total))
     rows = []
     for method in METHODS:
-        task = Local(StepTask, setup, method, torch.get_num_threads())
+        task = measure.Local(StepTask, setup, method, torch.get_num_threads())
 
-        def trial(length: int, task: Local = task, method: str = method) -> bool:
+        def trial(length: int, task: measure.Local = task, method: str = method) -> bool:
             tick(f"{method}: {length}")
             return task.call("fits", length)
 
@@ -347,7 +331,7 @@ def longest_under(
         row |= {"cap_gib": cap_gib, "status": "ok"}
         try:
             row["length"] = longest(trial, unit, most)
-        except WorkerFailed as failed:
+        except measure.WorkerFailed as failed:
             row |= failed.row()
         task.close()
         rows.append(row)
@@ -399,7 +383,7 @@ def main(
                 one = replace(setup, pairs=1, checkpoint=True)
                 rows = longest_under(one, cap_gib, unit, most, tick)
             else:
-                rows = measure(setup, rounds, tick, processes)
+                rows = steps(setup, rounds, tick, processes)
             append_rows(table, rows, FIELDS)  # a call that is cut off leaves its models
             beside(stem, ".md").write_text(steps_table(read_rows(table)))
     print(f"{steps_table(read_rows(table))}{table}")

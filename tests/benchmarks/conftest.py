@@ -1,6 +1,5 @@
 """The suite is run from a checkout: put its root where `import benchmarks` finds it."""
 
-import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +13,9 @@ if ROOT not in sys.path:
 
 
 @pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    """Tiny problems on a busy machine wait for their threads far longer than they compute, and the
-    collector looks through every imported module half a second long, once per measured peer.
-    """
+def one_thread() -> Iterator[None]:
+    """Tiny problems on a busy machine wait for their threads far longer than they compute."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.freeze()
     yield
-    gc.unfreeze()
     torch.set_num_threads(before)

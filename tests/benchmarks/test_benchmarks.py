@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from benchmarks import environment, report, run, train_step
-from benchmarks import peers as peers_module
 from benchmarks.cases import CASE_SETS, HEADS, MODES, Case, Inputs, load_inputs, make_inputs
 from benchmarks.environment import append_rows, read_rows
 from benchmarks.measure import Plan, Timing, Worker, WorkerFailed, interleave, measure_group, spread
@@ -288,7 +287,7 @@ def test_unknown_peer_lists_the_known() -> None:
 
 
 def test_every_peer_has_a_version() -> None:
-    found = peers_module.versions()
+    found = environment.versions()
     assert {peer.package for peer in PEERS.values()} <= set(found)
     assert found["torch"] == torch.__version__
 
@@ -417,7 +416,7 @@ def test_scaling_fits_exponents(tmp_path: Path) -> None:
 def test_one_training_step_three_ways(big: dict[str, Any]) -> None:
     pytest.importorskip("trl")
     setup = train_step.Setup("micro", pairs=2, length=16, prompt=4, **big)
-    rows = train_step.measure(setup, 1, remote=False)
+    rows = train_step.steps(setup, 1, remote=False)
     assert [row["method"] for row in rows] == list(train_step.METHODS)
     for row in rows:
         assert row["status"] == "ok" and row["tokens_per_s"] > 0, row
@@ -433,7 +432,7 @@ def test_a_training_step_with_a_wrong_gradient_is_refused(monkeypatch: pytest.Mo
 
     monkeypatch.setitem(train_step.LOGPS, "dilkern", wrong)
     monkeypatch.setattr(train_step, "METHODS", ("naive", "dilkern"))
-    rows = train_step.measure(
+    rows = train_step.steps(
         train_step.Setup("micro", pairs=2, length=16, prompt=4), 1, remote=False
     )
     assert rows[0]["status"] == "ok" and rows[1]["status"] == "refused"

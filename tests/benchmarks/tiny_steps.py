@@ -3,7 +3,6 @@
 TRITON_INTERPRET=1 python tests/benchmarks/tiny_steps.py FOLDER STEP...
 """
 
-import gc
 import runpy
 import sys
 import time
@@ -26,4 +25,3 @@ if __name__ == "__main__":
                 if end.code:
                     sys.exit(f"{step}: {' '.join(command)} ended with {end.code}")
             print(f"[{step}: {name} took {time.monotonic() - start:.1f} s]", flush=True)
-            gc.freeze()  # what was imported is not garbage: looking through it takes half a second
