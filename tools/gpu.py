@@ -71,7 +71,7 @@ def commands(step: str, stem: Path, tiny: bool) -> list[list[str]]:
 
     if step == "tests":
         pytest = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu"]
-        return [[*pytest, *by_size("--collect-only -q"), "tests/gpu", "tests/heads"]]
+        return [[*pytest, *by_size("-q -k nf4_bits"), "tests/gpu", "tests/heads"]]
     if step == "suite":
         which = by_size(
             "--cases tiny --peers naive,dilkern-triton --rounds 1 --no-processes",
