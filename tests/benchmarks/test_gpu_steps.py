@@ -245,6 +245,9 @@ def test_goals_are_met_missed_or_not_measured() -> None:
     assert met["not slower than trl", small.key] is True
     assert met["not slower than liger-flce", big.key] is None
     assert met["T=512 not slower than naive", short.key] is False
+    # An NF4 row does not answer for the dense goal.
+    packed = row(replace(big, kind="nf4"), report.OURS)
+    assert verdicts([packed])[frozen, "D=4096"] is None
     text = report.goals_table(list(report.judge(rows)))
     assert "**missed**" in text and "not measured" in text
 
@@ -269,8 +272,3 @@ def test_the_claim_on_a_cpu_is_judged(tmp_path: Path) -> None:
         assert end.value.code == strict
     rows[1]["status"] = "refused"
     assert verdicts(rows)["on a CPU, 0.8 times trl's time (min)", case.key] is None
-
-
-def test_an_nf4_row_does_not_answer_for_the_dense_goal() -> None:
-    nf4 = replace(case_of("llama-3-8b", 8192, dtype="bfloat16"), kind="nf4")
-    assert verdicts([row(nf4, report.OURS)])["frozen head, forward + backward", "D=4096"] is None
