@@ -89,60 +89,51 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _line(row: Row) -> list[str]:
-    ms = {name: number(row, f"total_ms{name}") for name in ("", "_p20", "_p80", "_min")}
-    rms, largest = number(row, "logp_err_rms"), number(row, "logp_err_max")
-    loss = number(row, "loss_err")
-    error = f"loss {loss:.1e}" if rms is None else f"{rms:.1e} ({largest:.1e})"
-    grad = number(row, "grad_err_rms")
+    names = ("forward_ms", "total_ms", "total_ms_p20", "total_ms_p80", "total_ms_min")
+    forward, total, p20, p80, least = (f"{number(row, name):.4g}" for name in names)
+    names = ("logp_err_rms", "logp_err_max", "loss_err", "grad_err_rms")
+    rms, most, loss, grad = (f"{float(row[n]):.1e}" if row.get(n) else "" for n in names)
+    other = "" if row["output"] == "token_logps" else f" ({row['output'].replace('_', ' ')})"
     return [
-        row["peer"]
-        + ("" if row["output"] == "token_logps" else f" ({row['output'].replace('_', ' ')})"),
-        f"{number(row, 'forward_ms'):.4g}",
-        f"{ms['']:.4g}",
-        f"{ms['_p20']:.4g} .. {ms['_p80']:.4g}",
-        f"{ms['_min']:.4g}",
+        row["peer"] + other,
+        *(forward, total, f"{p20} .. {p80}", least),
         f"{number(row, 'gemm_multiple'):.2f}",
         f"{number(row, 'peak_mib'):.0f}",
-        error,
-        "" if grad is None else f"{grad:.1e}",
+        f"{rms} ({most})" if rms else f"loss {loss}",
+        grad,
     ]
 
 
 def steps_table(rows: Iterable[Row]) -> str:
     """Training steps, or the longest sequences that fit."""
 
-    def cells(row: Row) -> Iterator[str]:
-        yield from (row["model"], row["method"])
+    lines = []
+    for row in rows:
         if row["status"] != "ok":
-            yield f"{row['status']}: {row['reason']}"
+            cells = [f"{row['status']}: {row['reason']}"]
         elif row.get("cap_gib"):
-            yield f"longest sequence under {float(row['cap_gib']):g} GiB: {row['length']}"
+            cap = float(row["cap_gib"])
+            cells = [f"longest sequence under {cap:g} GiB: {row['length']}"]
         else:
-            yield f"{float(row['tokens_per_s']):.0f}"
-            yield f"{float(row['step_ms']):.0f} ({float(row['step_ms_min']):.0f})"
-            yield f"{float(row['peak_mib']):.0f}"
-            yield f"{float(row['grad_err']):.1e}"
-
+            rate, ms, least, peak, error = (
+                float(row[name])
+                for name in ("tokens_per_s", "step_ms", "step_ms_min", "peak_mib", "grad_err")
+            )
+            cells = [f"{rate:.0f}", f"{ms:.0f} ({least:.0f})", f"{peak:.0f}", f"{error:.1e}"]
+        lines.append([row["model"], row["method"], *cells])
     header = (
         "model|log-probs by|tokens/s (median)|step ms (min)|peak above model, MiB|"
         "relative error of the adapter gradient"
     )
-    return markdown(header, [list(cells(row)) for row in rows])
+    return markdown(header, lines)
 
 
 class Fit(NamedTuple):
-    """Exponents of one peer along one axis."""
-
     axis: str
     peer: str
     rows: list[Row]
-    time: float  # of the minima
+    time: float  # exponent, of the minima
     memory: float
-
-    def cells(self) -> list[str]:
-        first, *_, last = (f"{float(row['gemm_multiple_min']):.2f}" for row in self.rows)
-        exponents = (f"{self.time:.2f}", f"{self.memory:.2f}")
-        return [self.axis, self.peer, *exponents, f"{first} .. {last}"]
 
 
 def exponent(x: Iterable[float], y: Iterable[float]) -> float:
@@ -193,7 +184,12 @@ def text_of(path: Path, rows: Sequence[Row]) -> str:
         return steps_table(rows)
     if found := fits(rows):
         header = "axis|peer|exponent of time|exponent of peak memory|x GEMM, smallest .. largest"
-        return markdown(header, [fit.cells() for fit in found])
+        lines = []
+        for fit in found:
+            first, *_, last = (f"{float(row['gemm_multiple_min']):.2f}" for row in fit.rows)
+            exponents = (f"{fit.time:.2f}", f"{fit.memory:.2f}")
+            lines.append([fit.axis, fit.peer, *exponents, f"{first} .. {last}"])
+        return markdown(header, lines)
     return f"{source_line(path)}\n\n{table(rows)}"
 
 
@@ -335,16 +331,18 @@ def _whiskers(rows: Iterable[Row]) -> list[list[float]]:
 def bars(rows: Sequence[Row], case: str, path: Path) -> None:
     """Time with its spread, peak memory, and the multiple of the bare GEMM for one case."""
     mine = sorted(measured(groups(rows)[case]), key=lambda row: -float(row["total_ms"]))
-    colours = _colours(rows)
-    style = {"y": [row["peer"] for row in mine], "color": [colours[row["peer"]] for row in mine]}
+    colours, names = _colours(rows), [row["peer"] for row in mine]
+    paint = [colours[name] for name in names]
+
+    def figures(column: str) -> list[float]:
+        return [float(row[column]) for row in mine]
+
     with canvas(path, 1, 3, 14, 0.45 * len(mine) + 1.6, sharey=True) as ((time, memory, gemm),):
-        time.barh(
-            width=[float(r["total_ms"]) for r in mine], xerr=_whiskers(mine), capsize=3, **style
-        )
+        time.barh(names, figures("total_ms"), xerr=_whiskers(mine), color=paint, capsize=3)
         time.set_xlabel("time, ms (median, p20 .. p80)")
-        memory.barh(width=[float(row["peak_mib"]) for row in mine], **style)
+        memory.barh(names, figures("peak_mib"), color=paint)
         memory.set_xlabel("peak memory above inputs, MiB")
-        gemm.barh(width=[float(row["gemm_multiple"]) for row in mine], **style)
+        gemm.barh(names, figures("gemm_multiple"), color=paint)
         passes = {"frozen": 2, "trainable": 3, "score": 1, "step": 3}[mine[0]["mode"]]
         if mine[0].get("kind") == "lora" and mine[0]["mode"] == "trainable":
             passes = 2  # the products of A and B are small
@@ -414,13 +412,9 @@ def accuracy(rows: Sequence[Row], path: Path) -> None:
             label = None if peer in seen else peer
             axis.plot(x, y, marker, color=colours[peer], label=label, alpha=0.8)
             seen.add(peer)
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xlabel="rms error of token log-probs against fp64, nats",
-            ylabel="relative rms error of the hidden-state gradient",
-            title="circle fp32, square 16 bit, cross refused",
-        )
+        axis.set(xscale="log", yscale="log", title="circle fp32, square 16 bit, cross refused")
+        axis.set_xlabel("rms error of token log-probs against fp64, nats")
+        axis.set_ylabel("relative rms error of the hidden-state gradient")
         axis.grid(alpha=0.3)
         if seen:
             axis.legend(fontsize=7)
