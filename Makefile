@@ -86,12 +86,14 @@ fuzz: install
 
 # Side by side with the rivals on this CPU, 10 minutes on a quiet machine of 2 cores. A status of 75
 # says that the time was up before every row was measured; what is there is plotted.
+NEWEST = "$$(ls -t benchmarks/results/cpu/*.csv | grep $(1) | head -1)"
 bench: install
-	$(BIN)/python -m benchmarks.cpu_claim
+	$(BIN)/python -m benchmarks.run --device cpu --cases claim
+	$(BIN)/python -m benchmarks.report goals --strict $(call NEWEST,-e claim)
 	$(BIN)/python -m benchmarks.run --device cpu --cases cpu --rounds 5 --group-seconds 15 \
 	  --budget 420 || test $$? -eq 75
-	$(BIN)/python -m benchmarks.end_to_end --rounds 5
-	$(BIN)/python -m benchmarks.plot "$$(ls -t benchmarks/results/cpu/*.csv | grep -v -e steps -e scaling | head -1)"
+	$(BIN)/python -m benchmarks.train_step --rounds 5
+	$(BIN)/python -m benchmarks.report draw $(call NEWEST,-v -e claim -e packed -e scaling -e steps)
 
 # On a GPU of your own: every step of docs/gpu.md, each call under 8 minutes, results in OUT; one
 # step: make gpu-suite. For a GPU machine without network: make gpu-pack prints what to run there.
@@ -100,12 +102,12 @@ GPU_STEPS := tests suite tune steps longest scaling profile
 bench-gpu: $(GPU_STEPS:%=gpu-%)
 
 gpu-pack: install
-	$(BIN)/python -m benchmarks.gpu pack
+	$(BIN)/python -m tools.gpu pack
 
 # 75: the time of the call was up, so the step goes on where it stopped.
 gpu-%: install
 	status=75; while test $$status -eq 75; do \
-	  $(BIN)/python -m benchmarks.gpu run $* --out $(OUT); status=$$?; done; exit $$status
+	  $(BIN)/python -m tools.gpu run $* --out $(OUT); status=$$?; done; exit $$status
 
 check: install
 	$(BIN)/ruff format --check .

@@ -24,8 +24,9 @@ weight, `lora` a PEFT layer around it whose B is drawn too. Labels come from the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,12 +57,16 @@ HEADS = {
     "gemma-2-2b": HeadShape(256000, 2304, softcap=30.0),
     "mistral-7b-v0.3": HeadShape(32768, 4096),
     "claim": HeadShape(32768, 512),
+    "packed": HeadShape(128256, 1024),
+    "scaling": HeadShape(16384, 256),
+    "scaling-gpu": HeadShape(131072, 2048),
+    "tiny": HeadShape(300, 64),
 }
 
 # frozen: gradient of the hidden states. trainable: also of the head (lora: of A and B). score: forward
 # without gradients (a reference model). step: score, then frozen (what a preference step does).
 MODES = ("frozen", "trainable", "score", "step")
-LORA_RANK, LORA_ALPHA, LORA_B_STD = 16, 32, 0.05
+LORA_RANK, LORA_SCALING, LORA_B_STD = 16, 2, 0.05
 
 
 @dataclass(frozen=True)
@@ -84,16 +89,12 @@ class Case:
     def key(self) -> str:
         scaled = f"/{self.scaled}" if self.scaled > 1 else ""
         kind = "" if self.kind == "dense" else f"+{self.kind}"
-        return f"{self.head}{scaled}{kind}@{self.tokens}-{self.dtype}-{self.mode}"
+        space = "" if self.workspace_mib == 256 else f"-{self.workspace_mib:g}MiB"
+        return f"{self.head}{scaled}{kind}@{self.tokens}-{self.dtype}-{self.mode}{space}"
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
-
-    @property
-    def gemm_flops(self) -> int:
-        """One pass over the head: 2 T V D."""
-        return 2 * self.tokens * self.vocab * self.hidden
 
     def row(self) -> dict[str, object]:
         return asdict(self)
@@ -102,17 +103,10 @@ class Case:
         return replace(self, mode=mode)
 
 
-def case_of(head: str, tokens: int, *, scaled: int = 1, **options: object) -> Case:
-    shape = HEADS[head]
-    return Case(
-        head,
-        tokens,
-        shape.vocab // scaled,
-        shape.hidden // scaled,
-        softcap=shape.softcap,
-        scaled=scaled,
-        **options,  # type: ignore[arg-type]
-    )
+def case_of(head: str, tokens: int, *, scaled: int = 1, **options: Any) -> Case:
+    vocab, hidden, softcap = HEADS[head]
+    shape = {"vocab": vocab // scaled, "hidden": hidden // scaled, "softcap": softcap}
+    return Case(head, tokens, scaled=scaled, **(shape | options))
 
 
 def _cpu() -> list[Case]:
@@ -131,48 +125,92 @@ def _cpu() -> list[Case]:
     ]
 
 
+BY_WIDTH = ("llama-3-8b", "llama-3.2-1b", "qwen3-0.6b")  # D = 4096, 2048, 1024
+
+
 def _gpu() -> list[Case]:
     """Most telling first, so that a short lease still gives a table: the sizes of the goals, other
     heads, other numbers of tokens.
     """
-    bf16 = {"dtype": "bfloat16"}
-    by_width = ("llama-3-8b", "llama-3.2-1b", "qwen3-0.6b")  # D = 4096, 2048, 1024
-    goals = [
-        case_of(head, 8192, mode=mode, **bf16)
-        for mode in ("frozen", "score", "trainable")
-        for head in by_width
-    ]
-    few = [case_of(head, 512, **bf16) for head in by_width]
+
+    def bf16(head: str, tokens: int = 8192, **options: Any) -> Case:
+        return case_of(head, tokens, dtype="bfloat16", **options)
+
     heads = ("gemma-3-4b", "gemma-3-270m", "gemma-2-2b", "qwen3-8b", "mistral-7b-v0.3")
-    others = [
-        *(case_of(head, 8192, **bf16) for head in heads),
-        case_of("llama-3-8b", 8192, kind="nf4", **bf16),
-        case_of("llama-3-8b", 8192, kind="lora", mode="trainable", **bf16),
-        case_of("llama-3-8b", 8192, mode="step", **bf16),
+    return [
+        *(bf16(h, mode=mode) for mode in ("frozen", "score", "trainable") for h in BY_WIDTH),
+        *(bf16(h, 512) for h in BY_WIDTH),
+        *map(bf16, heads),
+        bf16("llama-3-8b", kind="nf4"),
+        bf16("llama-3-8b", kind="lora", mode="trainable"),
+        bf16("llama-3-8b", mode="step"),
+        *(
+            bf16(h, tokens)
+            for tokens in (2048, 32768, 65536)
+            for h in ("llama-3-8b", "qwen3-0.6b", "gemma-3-4b")
+        ),
+        *(case_of("qwen3-0.6b", 8192, dtype=dtype) for dtype in ("float32", "float16")),
     ]
-    tokens = [
-        case_of(head, tokens, **bf16)
-        for tokens in (2048, 32768, 65536)
-        for head in ("llama-3-8b", "qwen3-0.6b", "gemma-3-4b")
-    ]
-    dtypes = [case_of("qwen3-0.6b", 8192), case_of("qwen3-0.6b", 8192, dtype="float16")]
-    return goals + few + others + tokens + dtypes
 
 
-# The sets that `run.py --cases` knows.
+def _tiny() -> list[Case]:
+    modes = [("frozen", "dense"), ("trainable", "dense"), ("score", "dense")]
+    modes += [("frozen", "nf4"), ("trainable", "lora")]
+    return [case_of("tiny", 64, mode=mode, kind=kind, sequences=4) for mode, kind in modes]
+
+
+def _packed() -> list[Case]:
+    """Peak memory with a 4-bit head; where the dtype is 16 bits, its blocks are widened on a CPU."""
+    return [
+        case_of("packed", 512, kind="nf4", dtype=dtype, workspace_mib=mib)
+        for dtype in ("float32", "bfloat16")
+        for mib in (32, 64, 256)
+    ]
+
+
+class CaseSet(NamedTuple):
+    cases: Callable[[], list[Case]]
+    peers: str = "all"  # a set with peers of its own has a result file of its own
+
+
+def _scaling(base: Case, backend: str, **axes: range | tuple[int, ...]) -> CaseSet:
+    """One axis moves (a range: by powers of 2), the others stay; the head's name tells the points."""
+
+    def cases() -> list[Case]:
+        values = {a: [1 << n for n in v] if isinstance(v, range) else v for a, v in axes.items()}
+        points = [(axis, value) for axis, mine in values.items() for value in mine]
+        return [replace(base, **{"head": f"scaling-{a}-{v}", a: v}) for a, v in points]
+
+    return CaseSet(cases, f"naive,dilkern-{backend}")
+
+
+_ON_CPU = {"tokens": range(8, 12), "vocab": range(12, 16), "hidden": range(7, 11)}
+_ON_GPU = {"tokens": range(10, 16), "vocab": range(14, 19), "hidden": range(9, 14)}
 CASE_SETS = {
-    "tiny": lambda: [
-        Case("tiny", 64, 300, 64, mode=mode, kind=kind, sequences=4)
-        for mode, kind in (
-            *((mode, "dense") for mode in ("frozen", "trainable", "score")),
-            *(("frozen", "nf4"), ("trainable", "lora")),
-        )
-    ],
-    "claim": lambda: [case_of("claim", 2048)],
-    "cpu": _cpu,
-    "cpu-real": lambda: [case_of("qwen3-0.6b", 512), case_of("gemma-3-270m", 512)],
-    "gpu": _gpu,
+    "tiny": CaseSet(_tiny),
+    "claim": CaseSet(lambda: [case_of("claim", 2048)], "naive,trl,dilkern-torch"),
+    "cpu": CaseSet(_cpu),
+    "cpu-real": CaseSet(lambda: [case_of("qwen3-0.6b", 512), case_of("gemma-3-270m", 512)]),
+    "packed": CaseSet(_packed, "naive,dilkern-torch"),
+    "gpu": CaseSet(_gpu),
+    "scaling": _scaling(
+        case_of("scaling", 1024), "torch", **_ON_CPU, workspace_mib=(4, 16, 64, 256)
+    ),
+    "scaling-gpu": _scaling(
+        case_of("scaling-gpu", 8192, dtype="bfloat16"),
+        "triton",
+        **_ON_GPU,
+        workspace_mib=range(6, 11),
+    ),
+    "scaling-tiny": _scaling(
+        case_of("tiny", 16), "torch", tokens=range(4, 6), workspace_mib=(1, 4)
+    ),
 }
+
+
+def label_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    """log p(label) (...) from full logits (..., V): what everybody writes first."""
+    return logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 def logits_of(hidden: Tensor, head: Tensor | nn.Module, softcap: float) -> Tensor:
@@ -201,7 +239,8 @@ def build_layer(kind: str, weight: Tensor) -> nn.Module | None:
     base = nn.Linear(1, 1, bias=False)
     base.weight = nn.Parameter(weight.detach(), requires_grad=False)
     base.in_features, base.out_features = width, vocab
-    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=["lm_head"])
+    alpha = LORA_SCALING * LORA_RANK
+    config = LoraConfig(r=LORA_RANK, lora_alpha=alpha, target_modules=["lm_head"])
     layer = inject_adapter_in_model(config, nn.ModuleDict({"lm_head": base}))["lm_head"]
     rng = torch.Generator(weight.device).manual_seed(SEED)
     for part, std in ((layer.lora_A, width**-0.5), (layer.lora_B, LORA_B_STD)):
@@ -226,10 +265,6 @@ class Inputs:
         return self.hidden.device
 
     @property
-    def wants_grad(self) -> bool:
-        return self.case.mode != "score"
-
-    @property
     def trained(self) -> list[Tensor]:
         """What mode "trainable" trains: the weight, or A and B."""
         if self.layer is None:
@@ -249,8 +284,7 @@ class Inputs:
             return dequantize_4bit(packed.data, packed.quant_state).to(dtype)
         if self.case.kind == "lora":
             a, b = (p.detach().to(dtype) for p in self.trained)
-            scaling = LORA_ALPHA / LORA_RANK
-            return torch.addmm(self.weight.detach().to(dtype), b, a, alpha=scaling)
+            return torch.addmm(self.weight.detach().to(dtype), b, a, alpha=LORA_SCALING)
         return self.weight.detach().to(dtype)
 
     def head_gradients(self, d_weight: Tensor) -> list[Tensor]:
@@ -258,12 +292,11 @@ class Inputs:
         if self.case.kind != "lora":
             return [d_weight]
         a, b = (p.detach().to(d_weight.dtype) for p in self.trained)
-        scaling = LORA_ALPHA / LORA_RANK
-        return [scaling * (b.T @ d_weight), scaling * (d_weight @ a.T)]
+        return [LORA_SCALING * (b.T @ d_weight), LORA_SCALING * (d_weight @ a.T)]
 
     def require_grads(self) -> Inputs:
         """Mark what this mode differentiates."""
-        self.hidden.requires_grad_(self.wants_grad)
+        self.hidden.requires_grad_(self.case.mode != "score")
         for tensor in self.trained:
             tensor.requires_grad_(self.case.mode == "trainable")
         return self
@@ -293,10 +326,10 @@ def softcapped(logits: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = SEED) -> Inputs:
-    """Build the tensors of a case; the same seed and device give the same bits."""
+def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
+    """Build the tensors of a case; the same device gives the same bits."""
     device = torch.device(device)
-    rng = torch.Generator(device).manual_seed(seed)
+    rng = torch.Generator(device).manual_seed(SEED)
     options = {"generator": rng, "device": device, "dtype": torch.float32}
     tokens, vocab, width = case.tokens, case.vocab, case.hidden
     zipf = (torch.arange(vocab, device=device, dtype=torch.float32) + ZIPF_OFFSET).reciprocal()

@@ -1,13 +1,15 @@
-"""Measuring one peer on one case: errors first, then memory and time.
+"""The one measuring loop: errors first, then memory, then time in interleaved rounds.
 
-On the CPU every (peer, case) lives in a fresh process of its own, driven over a pipe: its peak
-memory is VmHWM above the resident set with the inputs loaded and the libraries warm, and rounds stay
-interleaved because the parent calls the processes in turn. On CUDA the same `Task` runs in this
-process (a second process would hold the same GPU memory twice) and torch counts the bytes.
+What is measured is a task: `first` (warm up, watch the memory of one run), `check` (errors against the
+truth), `run` (one timed run). On the CPU every task lives in a fresh process of its own, driven over a
+pipe: its peak memory is VmHWM above the resident set with the inputs loaded and the libraries warm,
+and rounds stay interleaved because the parent calls the processes in turn. On CUDA the same tasks run
+in this process (a second process would hold the same GPU memory twice) and torch counts the bytes.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -16,10 +18,9 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,19 +28,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, Inputs, load_inputs, make_inputs, vocab_blocks
-from benchmarks.peers import Peer
+from benchmarks.peers import PEERS, Peer
 from benchmarks.truth import Truth, compute_truth, errors, refusal
 
+atexit.register(gc.unfreeze)  # what `measure_group` freezes would count as leaked
 MIB = 2**20
 GEMM_BUFFER_MIB = {"cpu": 64, "cuda": 1024}
 MIN_ROUNDS = 3
 # What workers need; a package that is missing here costs its peer's row and nothing else.
-IMPORTS = [
-    "benchmarks.measure",
-    "trl.kernels.chunked_logprob",
-    "liger_kernel.chunked_loss",
-    "dilkern",
-]
+IMPORTS = ["trl.kernels.chunked_logprob", "liger_kernel.chunked_loss", "dilkern", __name__]
 
 
 class Timing(NamedTuple):
@@ -49,14 +46,16 @@ class Timing(NamedTuple):
     total: float
 
 
-# --- memory -----------------------------------------------------------------------------------
+Tick = Callable[[str], None]
 
 
-def _status_kib(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
+def silent(text: str) -> None:
+    """No progress shown."""
+
+
+def _status_mib(field: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) / 1024
 
 
 class PeakMemory:
@@ -65,62 +64,58 @@ class PeakMemory:
     mib: float
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.cuda = device.type == "cuda"
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
-        if self.device.type == "cuda":
+        if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated()
+            self.start = torch.cuda.memory_allocated() / MIB
         else:
             # Freed heap that stays resident would hide a peak: give it back first.
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
-            self.start = _status_kib("VmRSS")
+            self.start = _status_mib("VmRSS")
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            self.mib = (torch.cuda.max_memory_allocated() - self.start) / MIB
-        else:
-            self.mib = (_status_kib("VmHWM") - self.start) / 1024
-
-
-# --- one peer on one case ---------------------------------------------------------------------
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() / MIB if self.cuda else _status_mib("VmHWM")
+        self.mib = peak - self.start
 
 
 class Clock:
     """Marks in time: events of the stream on a GPU, so that no mark stops it; else perf_counter."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        _synchronize(device)
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            torch.cuda.synchronize()
         self.marks: list[Any] = []
         self.mark()
 
     def mark(self) -> None:
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
+        if self.cuda:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
         else:
             self.marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
         """From the start to each mark."""
         first, *later = self.marks
-        if self.device.type != "cuda":
+        if not self.cuda:
             return [mark - first for mark in later]
         later[-1].synchronize()
         return [first.elapsed_time(mark) / 1000 for mark in later]
+
+
+def timed(call: Callable[[], object], device: torch.device) -> Timing:
+    clock = Clock(device)
+    call()
+    clock.mark()
+    return Timing(*clock.seconds() * 2)
 
 
 def execute(peer: Peer, inputs: Inputs) -> tuple[Tensor, Timing]:
@@ -152,13 +147,13 @@ class BareGemm:
             inputs.case.tokens, self.blocks[0].stop - self.blocks[0].start
         )
 
-    def run(self) -> Timing:
-        clock = Clock(self.inputs.device)
+    def product(self) -> None:
         for part in self.blocks:
             out = self.buffer[:, : part.stop - part.start]
             torch.mm(self.inputs.hidden, self.inputs.weight[part].T, out=out)
-        clock.mark()
-        return Timing(*clock.seconds() * 2)
+
+    def run(self) -> Timing:
+        return timed(self.product, self.inputs.device)
 
 
 class Task:
@@ -197,24 +192,29 @@ class Task:
         self.inputs.clear_grads()
 
 
-# --- workers ----------------------------------------------------------------------------------
+def is_out_of_memory(message: str) -> bool:
+    text = message.lower()
+    # -9: the kernel's out-of-memory killer
+    return any(s in text for s in ("out of memory", "can't allocate", "memoryerror", "code -9"))
+
+
+def failure(message: str) -> dict[str, str]:
+    """What the row of a failed measurement says instead of figures."""
+    return {"status": "OOM" if is_out_of_memory(message) else "error", "reason": message[:300]}
 
 
 class WorkerFailed(RuntimeError):
-    """A request raised in its process, or the process is gone."""
+    """A request raised in its task, or the process is gone."""
+
+    def row(self) -> dict[str, str]:
+        return failure(str(self))
 
 
-def peer_task(peer_name: str, case: Case, path: str, threads: int) -> Task:
-    """Build a task inside a worker process (peers are found by name: closures do not pickle)."""
-    from benchmarks.peers import PEERS
-
+def _task(peer_name: str, case: Case, path: Path, threads: int) -> Task | BareGemm:
+    """Build a task inside its process (peers are found by name: closures do not pickle)."""
     torch.set_num_threads(threads)
-    return Task(PEERS[peer_name], load_inputs(case, torch.load(path)))
-
-
-def gemm_task(case: Case, path: str, threads: int) -> BareGemm:
-    torch.set_num_threads(threads)
-    return BareGemm(load_inputs(case, torch.load(path)))
+    inputs = load_inputs(case, torch.load(path))
+    return Task(PEERS[peer_name], inputs) if peer_name else BareGemm(inputs)
 
 
 def _serve(connection: Any, factory: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -230,7 +230,7 @@ def _serve(connection: Any, factory: Callable[..., Any], arguments: tuple[Any, .
             ]
             answer = ("ok", getattr(task, name)(*loaded))
         except Exception as error:
-            answer = ("error", f"{type(error).__name__}: {error}", traceback.format_exc())
+            answer = ("error", f"{type(error).__name__}: {error}")
         connection.send(answer)
 
 
@@ -260,7 +260,7 @@ class Worker:
         return answer[1]
 
     def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionError):  # it may be gone already
+        with contextlib.suppress(OSError):  # it may be gone already
             self.connection.send(None)
         self.process.join(10)
         if self.process.is_alive():
@@ -271,8 +271,8 @@ class Worker:
 class Local:
     """The interface of `Worker` around a task in this process (CUDA)."""
 
-    def __init__(self, factory: Callable[[], Any]) -> None:
-        self.factory, self.task = factory, None
+    def __init__(self, factory: Callable[..., Any], *arguments: Any) -> None:
+        self.factory, self.task = partial(factory, *arguments), None
 
     def call(self, name: str, *values: Any) -> Any:
         try:
@@ -288,18 +288,59 @@ class Local:
     def close(self) -> None:
         if hasattr(self.task, "close"):
             self.task.close()
+        self.task = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def is_out_of_memory(message: str) -> bool:
-    text = message.lower()
-    # -9: the kernel's out-of-memory killer
-    return any(s in text for s in ("out of memory", "can't allocate", "memoryerror", "code -9"))
+@dataclass
+class Plan:
+    """How long to measure."""
+
+    rounds: int = 7
+    seconds: float = math.inf  # of rounds per group; at least MIN_ROUNDS are made
+    threads: int = 0  # 0: torch's default
+    deadline: float = math.inf  # time.monotonic() after which no second round begins
 
 
-# --- a group: all peers on one case -----------------------------------------------------------
+def interleave(
+    jobs: Mapping[Any, Callable[[], Any]],
+    plan: Plan,
+    tick: Tick = silent,
+    yardstick: str = "",
+) -> tuple[dict[Any, list[Any]], dict[Any, WorkerFailed]]:
+    """The loop: call all jobs in turn, the order rotated each round; each has already run once.
+
+    Returns the samples, and what failed. A job that has used more than twice its share of
+    `plan.seconds` leaves after MIN_ROUNDS, so that one slow job does not eat the rounds of the others;
+    not so the yardstick of all.
+    """
+    times: dict[Any, list[Any]] = {name: [] for name in jobs}
+    failed: dict[str, WorkerFailed] = {}
+    share = 2 * plan.seconds / max(1, len(jobs))
+    start = time.monotonic()
+    for number in range(plan.rounds):
+        now = time.monotonic()
+        enough = number >= MIN_ROUNDS and now - start > plan.seconds
+        if enough or (number and now > plan.deadline):
+            break
+        tick(f"round {number + 1} of {plan.rounds}")
+        names = list(times)
+        turn = number % max(1, len(names))
+        for name in names[turn:] + names[:turn]:
+            mine = times[name]
+            spent = sum(sample.total for sample in mine)
+            if len(mine) >= MIN_ROUNDS and name != yardstick and spent > share:
+                continue
+            try:
+                mine.append(jobs[name]())
+            except WorkerFailed as error:
+                if name == yardstick:
+                    raise
+                failed[name] = error
+                del times[name]
+    return times, failed
 
 
 def spread(seconds: Sequence[float], name: str) -> dict[str, float]:
@@ -314,34 +355,55 @@ def spread(seconds: Sequence[float], name: str) -> dict[str, float]:
     }
 
 
-@dataclass
-class Plan:
-    """How long to measure."""
+def contest(
+    tasks: Mapping[str, Worker | Local],
+    truth: Any,  # what `check` takes: a file for a worker
+    refuse: Callable[[dict[str, float]], str | None],
+    plan: Plan,
+    tick: Tick = silent,
+    gemm: Worker | Local | None = None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[Timing]]]:
+    """Per task its memory and errors, or why it has no figures; then the timings, gemm's among them."""
+    rows: dict[str, dict[str, Any]] = {name: {} for name in tasks}
+    jobs: dict[str, Callable[[], Timing]] = {}
+    open_tasks = dict(tasks)
+    try:
+        for name, task in tasks.items():
+            tick(name)
+            row = rows[name]
+            try:
+                row |= task.call("first")
+                found = task.call("check", truth)
+            except WorkerFailed as failed:
+                row |= failed.row()
+            else:
+                row |= found
+                reason = refuse(found)
+                if reason is None:
+                    jobs[name] = partial(task.call, "run")
+                    continue
+                row |= {"status": "refused", "reason": reason}
+            row.pop("peak_mib", None)
+            open_tasks.pop(name).close()
+        if gemm is not None:
+            jobs["gemm"] = partial(gemm.call, "run")
+            jobs["gemm"]()  # warm
+        times, lost = interleave(jobs, plan, tick, yardstick="gemm")
+    finally:
+        for task in [*open_tasks.values(), *filter(None, [gemm])]:
+            task.close()
+    for name, failed in lost.items():
+        rows[name] |= failed.row()
+        rows[name].pop("peak_mib")
+    for name in times.keys() & rows.keys():
+        rows[name] |= {"status": "ok", "rounds": len(times[name])}
+    return rows, times
 
-    rounds: int = 7
-    seconds: float = 120.0  # of rounds per group; at least MIN_ROUNDS are made
-    threads: int = 0  # 0: torch's default
-    deadline: float = math.inf  # time.monotonic() after which no second round begins
 
-
-class TruthCache:
-    """Truth and inputs of the last problem: the modes of one case share them."""
-
-    def __init__(self) -> None:
-        self.key: tuple[object, ...] | None = None
-
-    def get(
-        self, case: Case, device: torch.device, outputs: tuple[str, ...]
-    ) -> tuple[Inputs, Truth]:
-        trained = case.mode == "trainable"
-        plain = replace(case, mode="trainable" if trained else "frozen", workspace_mib=0)
-        key = (plain, str(device), outputs if trained else ())
-        if key != self.key:
-            self.key = None
-            self.inputs = make_inputs(plain, device)
-            self.truth = compute_truth(self.inputs, outputs)
-            self.key = key
-        return replace(self.inputs, case=case), self.truth
+@lru_cache(1)  # the modes of one case share them
+def problem(case: Case, device: torch.device, outputs: tuple[str, ...]) -> tuple[Inputs, Truth]:
+    inputs = make_inputs(case, device)
+    return inputs, compute_truth(inputs, outputs)
 
 
 def measure_group(
@@ -349,8 +411,7 @@ def measure_group(
     peers: Sequence[Peer],
     device: torch.device,
     plan: Plan,
-    truths: TruthCache | None = None,
-    tick: Callable[[str], None] = lambda text: None,
+    tick: Tick = silent,
     remote: bool | None = None,
 ) -> list[dict[str, Any]]:
     """Measure all peers on one case and return one row per peer, refused and failed ones too.
@@ -358,115 +419,55 @@ def measure_group(
     `remote`: one process per peer; by default on the CPU and not on a GPU.
     """
     remote = device.type == "cpu" if remote is None else remote
-    rows: dict[str, dict[str, Any]] = {}
-    able = []
-    for peer in peers:
-        reason = peer.why_not(case, device)
-        rows[peer.name] = {"peer": peer.name, "output": peer.output, "note": peer.note}
-        if reason is None:
-            able.append(peer)
-        else:
-            rows[peer.name] |= {"status": "unsupported", "reason": reason}
+    about = {p.name: {"peer": p.name, "output": p.output, "note": p.note} for p in peers}
+    unable = {peer.name: peer.why_not(case, device) for peer in peers}
+    able = [peer for peer in peers if unable[peer.name] is None]
     tick("truth in fp64")
-    outputs = tuple(sorted({peer.output for peer in able} | {"token_logps"}))
-    inputs, truth = (truths or TruthCache()).get(case, device, outputs)
+    trained = case.mode == "trainable"
+    outputs = tuple(sorted({peer.output for peer in able} | {"token_logps"})) if trained else ()
+    plain = replace(case, mode="trainable" if trained else "frozen", workspace_mib=0)
+    inputs, truth = problem(plain, device, outputs)
+    inputs = replace(inputs, case=case)
     threads = plan.threads or torch.get_num_threads()
     if device.type == "cuda":
         # All cases compile the same functions: past Dynamo's limit of variants they would run eagerly.
         torch.compiler.reset()
+    # What is alive now is no garbage: looking through it takes half a second for every peer.
+    gc.collect()
+    gc.freeze()
 
     with tempfile.TemporaryDirectory(prefix="dilkern-bench-") as folder:
         tensors, truth_file = Path(folder, "inputs.pt"), Path(folder, "truth.pt")
+        gemm: Worker | Local
         if remote:
             torch.save(inputs.detached().tensors(), tensors)
             torch.save(truth, truth_file)
-        workers: dict[str, Worker | Local] = {}
-        started: dict[str, Worker | Local] = {}
-        try:
-            for peer in able:  # all at once: importing takes longest
-                mine = replace(inputs.detached(), case=case)
-                started[peer.name] = (
-                    Worker(peer_task, peer.name, case, str(tensors), threads)
-                    if remote
-                    else Local(partial(Task, peer, mine))
-                )
-            for peer in able:
-                tick(peer.name)
-                worker = started[peer.name]
-                try:
-                    rows[peer.name] |= worker.call("first")
-                    found = worker.call("check", truth_file if remote else truth)
-                except WorkerFailed as failed:
-                    status = "OOM" if is_out_of_memory(str(failed)) else "error"
-                    rows[peer.name] |= {"status": status, "reason": str(failed)[:300]}
-                    started.pop(peer.name).close()
-                    continue
-                rows[peer.name] |= found
-                reason = refusal(found, truth.budget, case.torch_dtype)
-                if reason is not None:
-                    rows[peer.name].pop("peak_mib")
-                    rows[peer.name] |= {"status": "refused", "reason": reason}
-                    started.pop(peer.name).close()
-                    continue
-                workers[peer.name] = started.pop(peer.name)
-            gemm: Worker | Local = (
-                Worker(gemm_task, case, str(tensors), threads)
-                if remote
-                else Local(partial(BareGemm, inputs))
-            )
-            workers["gemm"] = gemm
-            gemm.call("run")  # warm
-            times = _rounds(workers, rows, plan, tick)
-        finally:
-            for worker in [*started.values(), *workers.values()]:
-                worker.close()
+            tasks = {p.name: Worker(_task, p.name, case, tensors, threads) for p in able}
+            gemm = Worker(_task, "", case, tensors, threads)
+        else:
+            tasks = {p.name: Local(Task, p, inputs.detached()) for p in able}
+            gemm = Local(BareGemm, inputs)
+        rows, times = contest(
+            tasks,
+            truth_file if remote else truth,
+            partial(refusal, budget=truth.budget, dtype=case.torch_dtype),
+            plan,
+            tick,
+            gemm,
+        )
 
-    gemm_times = spread([t.total for t in times.pop("gemm")], "gemm")
-    for name, timings in times.items():
-        rows[name] |= spread([t.forward for t in timings], "forward")
-        rows[name] |= spread([t.total for t in timings], "total")
-        rows[name] |= {"status": "ok", "rounds": len(timings)}
-        rows[name]["gemm_multiple"] = rows[name]["total_ms"] / gemm_times["gemm_ms"]
-        rows[name]["gemm_multiple_min"] = rows[name]["total_ms_min"] / gemm_times["gemm_ms_min"]
-    shared = {"case": case.key} | case.row() | gemm_times | truth.sharpness()
-    shared |= {f"budget_{name}": value for name, value in truth.budget.items()}
-    return [shared | row for row in rows.values()]
-
-
-def _rounds(
-    workers: dict[str, Worker | Local],
-    rows: dict[str, dict[str, Any]],
-    plan: Plan,
-    tick: Callable[[str], None],
-) -> dict[str, list[Timing]]:
-    """Call all workers in turn, the order rotated each round (each has already run once).
-
-    A peer that has used more than twice its share of `plan.seconds` leaves after MIN_ROUNDS, so that
-    one slow peer does not eat the rounds of the others; its row says how many rounds it had.
-    """
-    times: dict[str, list[Timing]] = {name: [] for name in workers}
-    share = 2 * plan.seconds / len(workers)
-    start = time.monotonic()
-    for number in range(plan.rounds):
-        now = time.monotonic()
-        if (number >= MIN_ROUNDS and now - start > plan.seconds) or (
-            number and now > plan.deadline
-        ):
-            break
-        tick(f"round {number + 1} of {plan.rounds}")
-        names = list(times)
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            mine = times[name]
-            if len(mine) >= MIN_ROUNDS and name != "gemm" and sum(t.total for t in mine) > share:
-                continue
-            try:
-                mine.append(workers[name].call("run"))
-            except WorkerFailed as failed:
-                if name == "gemm":
-                    raise
-                status = "OOM" if is_out_of_memory(str(failed)) else "error"
-                rows[name] |= {"status": status, "reason": str(failed)[:300]}
-                rows[name].pop("peak_mib", None)
-                del times[name]
-    return times
+    shared = {"case": case.key} | case.row() | spread([t.total for t in times["gemm"]], "gemm")
+    shared |= truth.sharpness()
+    shared |= {
+        f"budget_{name}": value for name, value in truth.budget.items() if name != "loss_err"
+    }
+    for name in rows:
+        if rows[name]["status"] != "ok":
+            continue
+        rows[name] |= spread([t.forward for t in times[name]], "forward")
+        rows[name] |= spread([t.total for t in times[name]], "total")
+        rows[name]["gemm_multiple"] = rows[name]["total_ms"] / shared["gemm_ms"]
+        rows[name]["gemm_multiple_min"] = rows[name]["total_ms_min"] / shared["gemm_ms_min"]
+    for name, reason in unable.items():
+        rows.setdefault(name, {"status": "unsupported", "reason": reason})
+    return [shared | about[name] | rows[name] for name in about]

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import Case, Inputs, logits_of
+from benchmarks.cases import Case, Inputs, label_logps, logits_of
 from benchmarks.truth import BETA
 
 
@@ -69,16 +68,15 @@ class Peer:
             from dilkern.backends.base import why_not
 
             return why_not(self.backend, device)
-        if self.name == "torch-lce" or self.name.startswith("torch-lce-"):
-            return None if hasattr(torch.nn, "LinearCrossEntropyOptions") else "needs torch 2.13"
+        if self.name.startswith("torch-lce") and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            return "needs torch 2.13"
         return None
 
 
 def _naive_logps(
     hidden: Tensor, head: Tensor | torch.nn.Module, labels: Tensor, softcap: float
 ) -> Tensor:
-    logps = logits_of(hidden, head, softcap).log_softmax(-1)
-    return logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return label_logps(logits_of(hidden, head, softcap), labels)
 
 
 def naive(x: Inputs) -> Tensor:
@@ -99,17 +97,11 @@ def naive_compiled(x: Inputs) -> Tensor:
     return _compiled()(x.hidden, x.head, x.labels, x.case.softcap)
 
 
-def _torch_lce(**options: Any) -> Callable[[Inputs], Tensor]:
-    def call(x: Inputs) -> Tensor:
-        return -F.linear_cross_entropy(
-            x.hidden,
-            x.weight,
-            x.labels,
-            reduction="none",
-            options=torch.nn.LinearCrossEntropyOptions(**options),
-        ).float()
-
-    return call
+def torch_lce(x: Inputs, **how: Any) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions(**how)
+    return -F.linear_cross_entropy(
+        x.hidden, x.weight, x.labels, reduction="none", options=options
+    ).float()
 
 
 def trl(x: Inputs) -> Tensor:
@@ -135,10 +127,7 @@ def liger_dpo(x: Inputs) -> Tensor:
 
     reference = x.case.mode == "step"
     loss = LigerFusedLinearDPOLoss(
-        beta=BETA,
-        compiled=x.device.type == "cuda",
-        use_ref_model=reference,
-        average_log_prob=True,
+        beta=BETA, compiled=x.device.type == "cuda", use_ref_model=reference, average_log_prob=True
     )
     shape = (x.case.sequences, x.case.tokens // x.case.sequences)
     hidden = x.hidden.view(*shape, -1)
@@ -146,65 +135,44 @@ def liger_dpo(x: Inputs) -> Tensor:
     return loss(x.weight, hidden, x.labels.view(shape), **ref)[0]
 
 
-def _liger_flce(reduction: str) -> Callable[[Inputs], Tensor]:
-    def call(x: Inputs) -> Tensor:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+def liger_flce(x: Inputs, reduction: str = "none") -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss as FusedLoss
 
-        loss = LigerFusedLinearCrossEntropyLoss(
-            reduction=reduction, softcap=x.case.softcap or None
-        )(x.weight, x.hidden, x.labels)
-        return -loss if reduction == "none" else loss
-
-    return call
+    loss = FusedLoss(reduction=reduction, softcap=x.case.softcap or None)
+    found = loss(x.weight, x.hidden, x.labels)
+    return -found if reduction == "none" else found
 
 
-def _cut_cross_entropy(**options: Any) -> Callable[[Inputs], Tensor]:
-    def call(x: Inputs) -> Tensor:
-        from cut_cross_entropy import linear_cross_entropy
+def cut_cross_entropy(x: Inputs, **options: Any) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
 
-        return -linear_cross_entropy(
-            x.hidden,
-            x.weight,
-            x.labels,
-            softcap=x.case.softcap or None,
-            reduction="none",
-            **options,
-        )
-
-    return call
+    options |= {"softcap": x.case.softcap or None, "reduction": "none"}
+    return -linear_cross_entropy(x.hidden, x.weight, x.labels, **options)
 
 
-def _dilkern(backend: str) -> Callable[[Inputs], Tensor]:
-    def call(x: Inputs) -> Tensor:
-        from dilkern import linear_logps
-        from dilkern.lm_head import as_head
+def dilkern(x: Inputs, backend: str) -> Tensor:
+    from dilkern import linear_logps
+    from dilkern.lm_head import as_head
 
-        head = as_head(x.head, softcap=x.case.softcap)
-        return linear_logps(
-            x.hidden, head, x.labels, backend=backend, workspace_mib=x.case.workspace_mib
-        )
-
-    return call
+    head, space = as_head(x.head, softcap=x.case.softcap), x.case.workspace_mib
+    return linear_logps(x.hidden, head, x.labels, backend=backend, workspace_mib=space)
 
 
+_naive = partial(Peer, package="torch", layers=True)
+_lce = partial(Peer, package="torch", softcap=False)
+_liger = partial(Peer, package="liger-kernel", softcap=False)
+_flce = partial(Peer, package="liger-kernel", cuda_only=True)
+_cce = partial(Peer, package="cut-cross-entropy", cuda_only=True)
+_ours = partial(Peer, package="dilkern", layers=True)
 _LIST = (
-    Peer("naive", "torch", naive, note="full logits, log_softmax, gather", layers=True),
-    Peer("naive-ce", "torch", naive_cross_entropy, note="full logits, cross_entropy", layers=True),
-    Peer(
-        "compile",
-        "torch",
-        naive_compiled,
-        note="torch.compile of naive",
-        compiles=True,
-        layers=True,
-    ),
-    Peer("torch-lce", "torch", _torch_lce(), note="options auto, reduction none", softcap=False),
-    Peer(
+    _naive("naive", call=naive, note="full logits, log_softmax, gather"),
+    _naive("naive-ce", call=naive_cross_entropy, note="full logits, cross_entropy"),
+    _naive("compile", call=naive_compiled, note="torch.compile of naive", compiles=True),
+    _lce("torch-lce", call=torch_lce, note="options auto, reduction none"),
+    _lce(
         "torch-lce-1024",
-        "torch",
-        _torch_lce(chunking_method=None, batch_chunk_size=1024),
+        call=partial(torch_lce, chunking_method=None, batch_chunk_size=1024),
         note="1024 rows per chunk, reduction none",
-        softcap=False,
     ),
     Peer(
         "trl",
@@ -213,46 +181,28 @@ _LIST = (
         note="ChunkedLogProbFunction, vocabulary chunk 32768",
         refuses="reads lm_head.weight (packed bytes of an NF4 head) and refuses LoRA on the lm_head",
     ),
-    Peer(
-        "liger-selective",
-        "liger-kernel",
-        liger_selective,
-        note="private function under its GRPO loss",
-        softcap=False,
-    ),
-    Peer(
+    _liger("liger-selective", call=liger_selective, note="private function under its GRPO loss"),
+    _liger(
         "liger-dpo",
-        "liger-kernel",
-        liger_dpo,
+        call=liger_dpo,
         output="dpo_loss",
         note="LigerFusedLinearDPOLoss, one pair per chunk; compiled on GPUs only",
-        softcap=False,
     ),
-    Peer("liger-flce", "liger-kernel", _liger_flce("none"), note="reduction none", cuda_only=True),
-    Peer(
+    _flce("liger-flce", call=liger_flce, note="reduction none"),
+    _flce(
         "liger-flce-mean",
-        "liger-kernel",
-        _liger_flce("mean"),
+        call=partial(liger_flce, reduction="mean"),
         output="mean_nll",
         note="one scalar: no per-token gradient",
-        cuda_only=True,
     ),
-    Peer(
-        "cce",
-        "cut-cross-entropy",
-        _cut_cross_entropy(),
-        note="gradient filter on (its default)",
-        cuda_only=True,
-    ),
-    Peer(
+    _cce("cce", call=cut_cross_entropy, note="gradient filter on (its default)"),
+    _cce(
         "cce-unfiltered",
-        "cut-cross-entropy",
-        _cut_cross_entropy(filter_eps=None),
+        call=partial(cut_cross_entropy, filter_eps=None),
         note="gradient filter off",
-        cuda_only=True,
     ),
-    Peer("dilkern-torch", "dilkern", _dilkern("torch"), layers=True, backend="torch"),
-    Peer("dilkern-triton", "dilkern", _dilkern("triton"), layers=True, backend="triton"),
+    _ours("dilkern-torch", call=partial(dilkern, backend="torch"), backend="torch"),
+    _ours("dilkern-triton", call=partial(dilkern, backend="triton"), backend="triton"),
 )
 PEERS = {peer.name: peer for peer in _LIST}
 
@@ -270,20 +220,3 @@ def select(names: str) -> list[Peer]:
         if name not in PEERS:
             raise ValueError(f"unknown peer {name!r}; known: {', '.join(PEERS)}")
     return [PEERS[name] for name in wanted]
-
-
-def versions() -> dict[str, str]:
-    """Return the version of every package that has a peer, and of those they stand on."""
-    found = {}
-    packages = {peer.package for peer in PEERS.values()} | {"triton", "transformers", "numpy"}
-    for package in sorted(packages):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    found["torch"] = torch.__version__  # with its build, which the metadata may not have
-    if found["dilkern"] == "not installed":  # run from a checkout
-        import dilkern
-
-        found["dilkern"] = f"{dilkern.__version__} (checkout)"
-    return found

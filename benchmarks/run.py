@@ -7,11 +7,12 @@ every case is in the file; 75: the budget ended first, run again.
 
 from __future__ import annotations
 
-import csv
+import math
 import sys
 import time
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,11 +21,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import environment
 from benchmarks.cases import CASE_SETS, Case
-from benchmarks.measure import Plan, TruthCache, is_out_of_memory, measure_group
-from benchmarks.peers import select
-from benchmarks.truth import sharpness_line
+from benchmarks.environment import append_rows, begin, beside, default_stem, read_rows
+from benchmarks.measure import Plan, Tick, failure, measure_group, problem
+from benchmarks.peers import Peer, select
 
 UNFINISHED = 75
 FIELDS = (
@@ -42,42 +42,22 @@ FIELDS = (
 )
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a result file, none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows in one write, with the header if the file is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def select_cases(names: str) -> list[Case]:
     """Parse names of case sets, or parts of case keys, separated by commas.
 
     Raises:
         ValueError: nothing has that name (lists the sets).
     """
-    every = {case.key: case for make in CASE_SETS.values() for case in make()}
+    every = {case.key: case for part in CASE_SETS.values() for case in part.cases()}
     found: dict[str, Case] = {}
     for name in (part.strip() for part in names.split(",")):
         if name in CASE_SETS:
-            found |= {case.key: case for case in CASE_SETS[name]()}
-            continue
-        matching = {key: case for key, case in every.items() if name in key}
+            matching = {case.key: case for case in CASE_SETS[name].cases()}
+        else:
+            matching = {key: case for key, case in every.items() if name in key}
         if not matching:
-            raise ValueError(
-                f"no case set or case is called {name!r}; sets: {', '.join(CASE_SETS)}"
-            )
+            known = ", ".join(CASE_SETS)
+            raise ValueError(f"no case set or case is called {name!r}; sets: {known}")
         found |= matching
     return list(found.values())
 
@@ -92,67 +72,68 @@ def take_slice(cases: list[Case], text: str) -> list[Case]:
 
 def run(
     cases: list[Case],
-    peer_names: str,
+    peers: list[Peer],
     device: torch.device,
     stem: Path,
     plan: Plan,
-    budget: float | None = None,
-    console: Console | None = None,
+    budget: float = math.inf,
+    remote: bool | None = None,
 ) -> bool:
     """Measure what is not yet in `stem`.csv; return whether every case is there now."""
-    begin = time.monotonic()
-    console = console or Console()
-    table, about = stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".json")
+    start = time.monotonic()
+    console, table = Console(), beside(stem, ".csv")
     done = {(row["case"], row["peer"]) for row in read_rows(table)}
-    if all((case.key, peer.name) in done for case in cases for peer in select(peer_names)):
+    todo = [(case, [p for p in peers if (case.key, p.name) not in done]) for case in cases]
+    if not any(mine for _, mine in todo):
         return True
-    environment.record(about, device)
-    if budget is not None:
-        plan = replace(plan, deadline=begin + budget)
-    truths, longest = TruthCache(), 0.0
+    begin(stem, device)
+    plan, longest = replace(plan, deadline=start + budget), 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         bar = progress.add_task("", total=len(cases))
-        for case in cases:
-            peers = [p for p in select(peer_names) if (case.key, p.name) not in done]
-            left = None if budget is None else budget - (time.monotonic() - begin)
-            if peers and left is not None and left < longest:
+        for case, mine in todo:
+            began = time.monotonic()
+            left = start + budget - began
+            if mine and left < longest:
                 console.print(f"{left:.0f} s of the budget are left: stopping before {case.key}")
                 return False
-            if peers:
-                start = time.monotonic()
+            if mine:
 
                 def tick(text: str, case: Case = case) -> None:
                     progress.update(bar, description=f"{case.key}: {text}")
 
-                rows = _group(case, peers, device, plan, truths, tick)
-                append_rows(table, rows)
-                longest = max(longest, time.monotonic() - start)
-                _report(rows, console)
+                rows = _group(case, mine, partial(measure_group, remote=remote), device, plan, tick)
+                append_rows(table, rows, FIELDS)
+                longest = max(longest, time.monotonic() - began)
+                _show(rows, console)
             progress.advance(bar)
     return True
 
 
 def _group(
-    case: Case, peers: list[Any], device: torch.device, plan: Plan, truths: TruthCache, tick: Any
+    case: Case, peers: list[Peer], measure: Any, device: torch.device, plan: Plan, tick: Tick
 ) -> list[dict[str, Any]]:
     try:
-        return measure_group(case, peers, device, plan, truths, tick)
+        return measure(case, peers, device, plan, tick)
     except (RuntimeError, MemoryError) as error:
         # The truth or the bare GEMM did not fit or failed: no peer can be judged.
-        text = f"{type(error).__name__}: {error}"
-        status = "OOM" if is_out_of_memory(text) else "error"
+        row = failure(f"harness: {type(error).__name__}: {error}")
         traceback.print_exc()
+    problem.cache_clear()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    shared = {"case": case.key, "status": status, "reason": f"harness: {text[:300]}"} | case.row()
+    shared = {"case": case.key} | row | case.row()
     return [shared | {"peer": peer.name, "output": peer.output} for peer in peers]
 
 
-def _report(rows: list[dict[str, Any]], console: Console) -> None:
-    if "mean_entropy" in rows[0]:
-        line = f"bare GEMM {rows[0]['gemm_ms']:.1f} ms; {sharpness_line(rows[0])}"
-        console.print(f"[bold]{rows[0]['case']}[/bold]: {line}")
+def _show(rows: list[dict[str, Any]], console: Console) -> None:
+    first = rows[0]
+    if "mean_entropy" in first:
+        console.print(
+            f"[bold]{first['case']}[/bold]: bare GEMM {first['gemm_ms']:.1f} ms; mean p(label) "
+            f"{first['mean_p_label']:.3f}, mean log p(label) {first['mean_logp_label']:.3f}, "
+            f"mean entropy {first['mean_entropy']:.3f} nats"
+        )
     for row in rows:
         if row["status"] == "ok":
             console.print(
@@ -166,25 +147,30 @@ def _report(rows: list[dict[str, Any]], console: Console) -> None:
 def main(
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto")] = "auto",
     cases: Annotated[str, typer.Option(help=f"{', '.join(CASE_SETS)}, or parts of keys")] = "",
-    peers: Annotated[str, typer.Option(help="names separated by commas, or all")] = "all",
+    peers: Annotated[str, typer.Option(help="names by commas, or all; default: the set's")] = "",
     rounds: Annotated[int, typer.Option(help="interleaved rounds per case")] = 7,
-    budget: Annotated[float | None, typer.Option(help="wall-clock seconds for this call")] = None,
+    budget: Annotated[float, typer.Option(help="wall-clock seconds for this call")] = math.inf,
     group_seconds: Annotated[float, typer.Option(help="most seconds of rounds per case")] = 60,
     threads: Annotated[int, typer.Option(help="CPU threads per process, 0: torch's choice")] = 0,
     slice_: Annotated[str, typer.Option("--slice", help="i/n: every n-th case only")] = "1/1",
+    processes: Annotated[
+        bool | None, typer.Option(help="one process per peer; default: on a CPU")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="result file without suffix")] = None,
 ) -> None:
     """Compare dilkern with every rival on the same tensors."""
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     where = torch.device(kind)
+    cases = cases or {"cuda": "gpu"}.get(kind, "cpu")
+    own = CASE_SETS[cases].peers if cases in CASE_SETS else "all"
     try:
-        chosen = take_slice(select_cases(cases or {"cuda": "gpu"}.get(kind, "cpu")), slice_)
-        select(peers)
+        chosen, rivals = take_slice(select_cases(cases), slice_), select(peers or own)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    stem = out or environment.default_stem(where)
-    finished = run(chosen, peers, where, stem, Plan(rounds, group_seconds, threads), budget)
-    print(f"{'complete' if finished else 'unfinished'}: {stem}.csv")
+    stem = out or default_stem(where, "" if own == "all" else cases)
+    plan = Plan(rounds, group_seconds, threads)
+    finished = run(chosen, rivals, where, stem, plan, budget, processes)
+    print(f"{'complete' if finished else 'unfinished'}: {beside(stem, '.csv')}")
     sys.exit(0 if finished else UNFINISHED)
 
 

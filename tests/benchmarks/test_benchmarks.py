@@ -14,11 +14,12 @@ from typing import Any
 import head_cases
 import pytest
 import torch
+import torch.nn.functional as F
 
-from benchmarks import blocks, cpu_claim, end_to_end, environment, plot, run, scaling
-from benchmarks import peers as peers_module
+from benchmarks import environment, report, run, train_step
 from benchmarks.cases import CASE_SETS, HEADS, MODES, Case, Inputs, load_inputs, make_inputs
-from benchmarks.measure import Plan, Worker, WorkerFailed, measure_group, spread
+from benchmarks.environment import append_rows, read_rows
+from benchmarks.measure import Plan, Timing, Worker, WorkerFailed, interleave, measure_group, spread
 from benchmarks.peers import PEERS, Peer, naive, select
 from benchmarks.truth import compute_truth, refusal, upstream
 
@@ -30,9 +31,6 @@ QUICK = Plan(rounds=1, seconds=0)
 def measure_here(case: Case, peers: list[Peer]) -> dict[str, dict[str, Any]]:
     rows = measure_group(case, peers, CPU, QUICK, remote=False)
     return {row["peer"]: row for row in rows}
-
-
-# --- cases ------------------------------------------------------------------------------------
 
 
 def test_inputs_are_reproducible_and_sharp_like_a_language_model() -> None:
@@ -49,15 +47,13 @@ def test_inputs_are_reproducible_and_sharp_like_a_language_model() -> None:
 
 
 def test_case_sets_have_distinct_keys_and_whole_pairs() -> None:
-    for name, make in CASE_SETS.items():
+    for name, (make, peers) in CASE_SETS.items():
         cases = make()
+        assert select(peers)
         assert len({case.key for case in cases}) == len(cases), name
         for case in cases:
             assert case.sequences % 2 == 0 and case.tokens % case.sequences == 0
-            assert case.head in HEADS or name == "tiny"
-
-
-# --- truth ------------------------------------------------------------------------------------
+            assert case.head in HEADS or case.head.startswith("scaling-")
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
@@ -69,7 +65,7 @@ def test_truth_is_autograd_in_fp64(output: str, softcap: float) -> None:
     exact.require_grads()
     logits = exact.hidden @ exact.weight.T
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
-    logps = logits.log_softmax(1).gather(1, exact.labels.unsqueeze(1)).squeeze(1)
+    logps = -F.cross_entropy(logits, exact.labels, reduction="none")
     g = upstream(output, logps.detach(), exact)
     logps.backward(g)
     torch.testing.assert_close(truth.logps, logps.detach())
@@ -81,9 +77,9 @@ def test_truth_of_a_lora_layer_is_autograd_in_fp64() -> None:
     inputs = make_inputs(replace(TINY, mode="trainable", kind="lora"))
     truth = compute_truth(inputs)
     a, b = (p.detach().double().requires_grad_() for p in inputs.trained)
-    hidden, labels = inputs.hidden.double().requires_grad_(), inputs.labels
+    hidden = inputs.hidden.double()
     logits = hidden @ inputs.weight.double().T + 2 * (hidden @ a.T) @ b.T  # alpha / r = 2
-    logps = logits.log_softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    logps = -F.cross_entropy(logits, inputs.labels, reduction="none")
     logps.backward(inputs.grad.double())
     torch.testing.assert_close(truth.logps, logps.detach())
     torch.testing.assert_close(truth.d_trained["token_logps"], [a.grad, b.grad])
@@ -100,18 +96,16 @@ def test_the_weight_of_an_nf4_layer_is_that_of_the_written_format() -> None:
 
 
 def test_refusal_reads_every_error_and_catches_nan() -> None:
-    budget = {"logp_err_max": 1e-6, "logp_err_rms": 1e-6, "grad_err_max": 1e-6}
+    names = ("logp_err_max", "logp_err_rms", "grad_err_max", "loss_err")
+    budget = dict.fromkeys(names, 1e-6)
     assert refusal({"logp_err_max": 2e-6, "grad_err_max": 2e-6}, budget, torch.float32) is None
     assert "logp_err_rms" in refusal({"logp_err_rms": 1e-3}, budget, torch.float32)
     assert "grad_err_max" in refusal({"grad_err_max": float("nan")}, budget, torch.float32)
     assert "loss_err" in refusal({"loss_err": 1e-3}, budget, torch.float32)
     small = {"loss_err": 1e-3, "grad_err": 1e-3}
-    assert end_to_end.refusal(small, small, torch.bfloat16) is None
-    assert "loss_err" in end_to_end.refusal({"loss_err": 0.2}, small, torch.bfloat16)
-    assert "grad_err" in end_to_end.refusal({"grad_err": 0.2}, small, torch.bfloat16)
-
-
-# --- rows -------------------------------------------------------------------------------------
+    for found, what in (({"loss_err": 0.2}, "loss"), ({"grad_err": 0.2}, "grad"), (small, None)):
+        reason = refusal(found, small, torch.bfloat16, train_step.step_band)
+        assert reason is None if what is None else what in reason
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -154,17 +148,15 @@ def test_trl_cannot_take_the_packed_weight() -> None:
 
 def test_a_wrong_or_missing_adapter_gradient_is_refused() -> None:
     def wrong(x: Inputs) -> torch.Tensor:
-        a, _ = x.trained
-        handle = a.register_hook(lambda grad: 1.01 * grad)
+        handle = x.trained[0].register_hook(lambda grad: 1.01 * grad)
         x.hidden.register_hook(lambda grad: handle.remove())
         return naive(x)
 
-    def missing(x: Inputs) -> torch.Tensor:
-        return naive(replace(x, layer=copy.deepcopy(x.layer)))
-
+    calls = {"wrong": wrong, "missing": lambda x: naive(replace(x, layer=copy.deepcopy(x.layer)))}
     case = replace(TINY, kind="lora", mode="trainable", hidden=64)
-    calls = (("wrong", wrong), ("missing", missing))
-    rows = measure_here(case, [Peer(name, "torch", call, layers=True) for name, call in calls])
+    rows = measure_here(
+        case, [Peer(name, "torch", call, layers=True) for name, call in calls.items()]
+    )
     for row in rows.values():
         assert row["status"] == "refused" and "head_grad" in row["reason"], row
 
@@ -204,44 +196,33 @@ def test_arguments_of_liger(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(PEERS[name].call(make_inputs(TINY)), sign * seen)
 
 
-def wrong_value(x: Inputs) -> torch.Tensor:
-    return naive(x) + 1e-3
+def test_wrong_numbers_and_failures_cost_one_row_its_figures() -> None:
+    def gradient(x: Inputs) -> torch.Tensor:
+        out = naive(x)
+        return out.detach() + 1.001 * (out - out.detach())
 
-
-def wrong_gradient(x: Inputs) -> torch.Tensor:
-    out = naive(x)
-    return out.detach() + 1.001 * (out - out.detach())
-
-
-def wrong_head_gradient(x: Inputs) -> torch.Tensor:
-    return naive(replace(x, weight=x.weight * 1.001 - 0.001 * x.weight.detach()))
-
-
-def nan(x: Inputs) -> torch.Tensor:
-    return naive(x) * float("nan")
-
-
-@pytest.mark.parametrize("call", [wrong_value, wrong_gradient, wrong_head_gradient, nan])
-def test_a_peer_with_wrong_numbers_gets_no_figures(call: Any) -> None:
-    bad = Peer("bad", "torch", call)
-    rows = measure_here(TINY.with_mode("trainable"), [PEERS["naive"], bad])
-    assert rows["naive"]["status"] == "ok"
-    assert rows["bad"]["status"] == "refused" and "err" in rows["bad"]["reason"]
-    assert not [name for name in rows["bad"] if name.startswith(("total", "forward", "peak"))]
-
-
-def test_out_of_memory_and_other_failures_cost_one_row() -> None:
     def no_memory(x: Inputs) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
 
     def broken(x: Inputs) -> torch.Tensor:
-        raise TypeError("broken")
+        raise TypeError("what broke")
 
-    calls = (("big", no_memory), ("broken", broken))
-    rows = measure_here(TINY, [*(Peer(n, "torch", c) for n, c in calls), PEERS["naive"]])
-    assert rows["big"]["status"] == "OOM"
-    assert rows["broken"]["status"] == "error" and "TypeError: broken" in rows["broken"]["reason"]
-    assert rows["naive"]["status"] == "ok"
+    calls = {
+        "value": lambda x: naive(x) + 1e-3,
+        "gradient": gradient,
+        "head": lambda x: naive(replace(x, weight=x.weight * 1.001 - 0.001 * x.weight.detach())),
+        "nan": lambda x: naive(x) * float("nan"),
+        "no_memory": no_memory,
+        "broken": broken,
+    }
+    bad = [Peer(name, "torch", call) for name, call in calls.items()]
+    rows = measure_here(TINY.with_mode("trainable"), [*bad, PEERS["naive"]])
+    assert rows.pop("naive")["status"] == "ok"
+    status = {"no_memory": ("OOM", "memory"), "broken": ("error", "TypeError: what broke")}
+    for name, row in rows.items():
+        word, reason = status.get(name, ("refused", "err"))
+        assert row["status"] == word and reason in row["reason"], row
+        assert not [field for field in row if field.startswith(("total", "forward", "peak"))]
 
 
 def test_one_process_per_peer() -> None:
@@ -261,6 +242,26 @@ def test_a_worker_that_dies_is_reported() -> None:
     worker.close()
 
 
+def test_rounds_rotate_and_a_slow_or_failed_job_leaves() -> None:
+    calls: list[str] = []
+
+    def job(name: str, seconds: float) -> Timing:
+        calls.append(name)
+        if name == "broken" and calls.count(name) == 2:
+            raise WorkerFailed("gone")
+        return Timing(seconds, seconds)
+
+    plan = Plan(rounds=5, seconds=8)
+    lengths = {"slow": 3.0, "quick": 0.0, "broken": 0.0, "gemm": 3.0}
+    jobs = {name: lambda n=name, s=seconds: job(n, s) for name, seconds in lengths.items()}
+    times, failed = interleave(jobs, plan, yardstick="gemm")
+    assert {name: len(mine) for name, mine in times.items()} == {"slow": 3, "quick": 5, "gemm": 5}
+    assert str(failed["broken"]) == "gone" and calls.count("broken") == 2
+    assert calls[:8] == ["slow", "quick", "broken", "gemm", "quick", "broken", "gemm", "slow"]
+    late = Plan(rounds=5, deadline=0)
+    assert [len(mine) for mine in interleave({"quick": jobs["quick"]}, late)[0].values()] == [1]
+
+
 def test_spread() -> None:
     found = spread([0.001 * n for n in range(1, 12)], "x")
     assert found["x_ms"] == pytest.approx(6) and found["x_ms_min"] == pytest.approx(1)
@@ -268,21 +269,13 @@ def test_spread() -> None:
     assert spread([0.002], "x")["x_ms_p80"] == pytest.approx(2)
 
 
-def test_unknown_peer_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="dilkern-torch"):
-        select("naive,nobody")
-
-
 def test_every_peer_has_a_version() -> None:
-    found = peers_module.versions()
+    found = environment.versions()
     assert {peer.package for peer in PEERS.values()} <= set(found)
     assert found["torch"] == torch.__version__
 
 
-# --- the runner -------------------------------------------------------------------------------
-
-
-def fake_group(case: Case, peers: list[Peer], *unused: Any) -> list[dict[str, Any]]:
+def fake_group(case: Case, peers: list[Peer], *unused: Any, **options: Any) -> list[dict[str, Any]]:
     shared = {"case": case.key, "gemm_ms": 1.0} | case.row()
     shared |= {"mean_p_label": 0.5, "mean_logp_label": -1.0, "mean_entropy": 1.0}
     good = {name: 2.0 for name in run.FIELDS if name.startswith(("forward_ms", "total_ms"))}
@@ -297,20 +290,21 @@ def test_a_run_resumes_and_keeps_its_budget(
 ) -> None:
     seen: list[str] = []
 
-    def group(case: Case, peers: list[Peer], *rest: Any) -> list[dict[str, Any]]:
+    def group(case: Case, peers: list[Peer], *rest: Any, **options: Any) -> list[dict[str, Any]]:
         seen.append(case.key)
         return fake_group(case, peers, *rest)
 
     monkeypatch.setattr(run, "measure_group", group)
-    cases, stem = CASE_SETS["tiny"](), tmp_path / "a" / "result"
-    assert not run.run(cases, "naive,trl", CPU, stem, QUICK, budget=-1)
+    cases, stem = CASE_SETS["tiny"].cases(), tmp_path / "a" / "result"
+    peers = select("naive,trl")
+    assert not run.run(cases, peers, CPU, stem, QUICK, budget=-1)
     assert seen == []
-    assert run.run(cases[:1], "naive,trl", CPU, stem, QUICK)
-    assert run.run(cases, "naive,trl", CPU, stem, QUICK)
+    assert run.run(cases[:1], peers, CPU, stem, QUICK)
+    assert run.run(cases, peers, CPU, stem, QUICK)
     assert seen == [case.key for case in cases]
-    assert run.run(cases, "naive,trl", CPU, stem, QUICK)
+    assert run.run(cases, peers, CPU, stem, QUICK)
     assert len(seen) == len(cases)
-    rows = run.read_rows(stem.with_name("result.csv"))
+    rows = read_rows(stem.with_name("result.csv"))
     assert [row["peer"] for row in rows] == ["naive", "trl"] * len(cases)
     about = json.loads(stem.with_name("result.json").read_text())
     assert len(about["calls"]) == 3
@@ -318,20 +312,19 @@ def test_a_run_resumes_and_keeps_its_budget(
 
 
 def test_a_failed_harness_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def group(*unused: Any) -> list[dict[str, Any]]:
+    def group(*unused: Any, **options: Any) -> list[dict[str, Any]]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(run, "measure_group", group)
-    assert run.run([TINY], "naive", CPU, tmp_path / "r", QUICK)
-    assert run.read_rows(tmp_path / "r.csv")[0]["status"] == "OOM"
+    assert run.run([TINY], [PEERS["naive"]], CPU, tmp_path / "r", QUICK)
+    assert read_rows(tmp_path / "r.csv")[0]["status"] == "OOM"
 
 
 def test_results_of_two_commits_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "r.json"
-    environment.record(path, CPU)
-    monkeypatch.setattr(environment, "commit", lambda: "other")
+    environment.begin(tmp_path / "r", CPU)
+    monkeypatch.setattr(environment, "identity", lambda: {"commit": "other", "dirty": False})
     with pytest.raises(ValueError, match="--out"):
-        environment.record(path, CPU)
+        environment.begin(tmp_path / "r", CPU)
 
 
 def test_selection_of_cases() -> None:
@@ -342,12 +335,11 @@ def test_selection_of_cases() -> None:
     assert sorted(c.key for part in parts for c in part) == sorted(c.key for c in cases)
     with pytest.raises(ValueError, match="sets:"):
         run.select_cases("nothing")
+    with pytest.raises(ValueError, match="dilkern-torch"):
+        select("naive,nobody")
     for text in ("0/2", "3/2", "x"):
         with pytest.raises(ValueError, match="i/n"):
             run.take_slice(cases, text)
-
-
-# --- pictures, tables, claims -----------------------------------------------------------------
 
 
 def test_pictures_and_tables_come_from_the_file(tmp_path: Path) -> None:
@@ -356,8 +348,8 @@ def test_pictures_and_tables_come_from_the_file(tmp_path: Path) -> None:
         case = replace(TINY, tokens=tokens, vocab=vocab)
         rows += fake_group(case, select("naive,trl,dilkern-torch"))
     file = tmp_path / "r.csv"
-    run.append_rows(file, rows)
-    made = plot.draw(file, tmp_path / "pictures")
+    append_rows(file, rows, run.FIELDS)
+    made = report.draw_file(file, tmp_path / "pictures")
     assert all(path.stat().st_size > 0 for path in made)
     names = {path.name for path in made}
     assert {"r-tokens.png", "r-vocab.png", "r-accuracy.png"} <= names
@@ -368,86 +360,66 @@ def test_pictures_and_tables_come_from_the_file(tmp_path: Path) -> None:
 
 
 def test_the_table_goes_between_the_markers() -> None:
-    text = f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n"
-    assert plot.insert(text, "new") == f"before\n{plot.BEGIN}\nnew\n{plot.END}\nafter\n"
+    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    assert report.insert(text, "new") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
     with pytest.raises(ValueError, match="needs one"):
-        plot.insert("no markers", "new")
+        report.insert("no markers", "new")
 
 
-def test_the_claim_names_what_it_missed() -> None:
-    base = TINY.row() | {"status": "ok"}
-    rows = [
-        base | {"peer": "naive", "total_ms_min": 100.0, "peak_mib": 1000.0},
-        base | {"peer": "trl", "total_ms_min": 200.0, "peak_mib": 2000.0},
-        base | {"peer": "dilkern-torch", "total_ms_min": 90.0, "peak_mib": 50.0},
-    ]
-    ratios = cpu_claim.compare(rows)
-    assert ratios == pytest.approx(
-        {"time_vs_naive": 0.9, "peak_memory_vs_naive": 0.05, "time_vs_trl": 0.45}
-    )
-    text = cpu_claim.line(rows, ratios)
-    assert "MISSED: time_vs_naive" in text and "\n" not in text
-    rows[2]["total_ms_min"] = 70.0
-    assert "all targets met" in cpu_claim.line(rows, cpu_claim.compare(rows))
-    rows[1] |= {"status": "refused", "reason": "why"}
-    with pytest.raises(RuntimeError, match="trl: refused: why"):
-        cpu_claim.compare(rows)
+def test_committed_results_are_still_drawn(tmp_path: Path) -> None:
+    """The tables of the README come from these files; white space apart they are what was committed."""
+    results = environment.RESULTS / "cpu"
+    for stem in (
+        "2026-11-21-f1e32fe3f",
+        "2026-11-21-f1e32fe3f-steps",
+        "2026-11-21-578ffc261-scaling",
+    ):
+        text = report.text_of(results / f"{stem}.csv", read_rows(results / f"{stem}.csv"))
+        assert text.split() == (results / f"{stem}.md").read_text().split(), stem
+    claim = results / "2026-11-21-f1e32fe3f-claim.json"
+    assert "| dilkern-torch |" in report.text_of(claim, read_rows(claim))
 
 
 def test_scaling_fits_exponents(tmp_path: Path) -> None:
-    assert scaling.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert report.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
     rows = []
-    for study in scaling.STUDIES.values():
-        every = [case.key for axis in study.axes for case in scaling.points(axis, study)]
-        assert len(set(every)) == len(every)
-    for axis in scaling.CPU_AXES:
-        cases = scaling.points(axis, scaling.STUDIES["cpu"])
-        for case in cases:
-            row = case.row() | {"peer": "naive", "status": "ok", "gemm_multiple_min": 2.0}
-            rows.append(row | {"total_ms_min": row[axis] ** 1.5, "peak_mib": 7.0})
-    fits = scaling.fit(rows)
-    assert [f["axis"] for f in fits] == list(scaling.CPU_AXES)
-    for f in fits:
-        assert f["time_exponent"] == pytest.approx(1.5)
-        assert f["memory_exponent"] == pytest.approx(0, abs=1e-9)
-    scaling.picture(rows, fits, tmp_path / "s.png")
-    assert "| tokens | naive | 1.50 |" in scaling.markdown(fits)
-    assert (tmp_path / "s.png").stat().st_size > 0
+    for case in CASE_SETS["scaling"].cases():
+        row = case.row() | {"case": case.key, "peer": "naive", "status": "ok"}
+        row |= {"gemm_multiple_min": 2.0, "total_ms_min": row[case.head.split("-")[1]] ** 1.5}
+        rows.append(row | {"peak_mib": 7.0, "total_ms": 3, "total_ms_p20": 2, "total_ms_p80": 4})
+    append_rows(tmp_path / "s.csv", rows, run.FIELDS)
+    found = report.fits(read_rows(tmp_path / "s.csv"))
+    assert [fit.axis for fit in found] == ["tokens", "vocab", "hidden", "workspace_mib"]
+    for fit in found:
+        assert fit.time == pytest.approx(1.5) and fit.memory == pytest.approx(0, abs=1e-9)
+    text, picture = report.draw_file(tmp_path / "s.csv", tmp_path)
+    assert "| tokens | naive | 1.50 |" in text.read_text()
+    assert picture.name == "s.png" and picture.stat().st_size > 0
 
 
-def test_the_strips_of_the_block_study_are_the_log_sum_exp() -> None:
-    logits = torch.randn(10, 7)
-    for strip in (3, 10):
-        reference, total = torch.full((10,), -torch.inf), torch.zeros(10)
-        blocks.fold(logits.clone(), reference, total, strip)
-        torch.testing.assert_close(reference + total.log(), logits.logsumexp(1))
-    jobs = blocks.whole_op(TINY)
-    assert {"naive", "own plan", "bare GEMM"} <= set(jobs)
-    assert "own plan" in blocks.report("t", jobs, 1)
-
-
-@pytest.mark.parametrize("big", [{}, {"four_bit": True, "checkpoint": True, "checked_pairs": 1}])
-def test_one_training_step_three_ways(big: dict[str, Any]) -> None:
+def test_one_training_step_three_ways() -> None:
+    """As the 8B model has it; the dense one is a step of test_gpu_steps.py."""
     pytest.importorskip("trl")
-    setup = end_to_end.Setup("micro", pairs=2, length=16, prompt=4, **big)
-    rows = end_to_end.measure(setup, 1, remote=False)
-    assert [row["method"] for row in rows] == list(end_to_end.METHODS)
+    big = {"four_bit": True, "checkpoint": True, "checked_pairs": 1}
+    setup = train_step.Setup("micro", pairs=2, length=16, prompt=4, **big)
+    rows = train_step.steps(setup, 1, remote=False)
+    assert [row["method"] for row in rows] == list(train_step.METHODS)
     for row in rows:
         assert row["status"] == "ok" and row["tokens_per_s"] > 0, row
-        assert set(row) <= set(end_to_end.FIELDS)
-    assert "| micro | dilkern |" in end_to_end.markdown(rows)
+        assert set(row) <= set(train_step.FIELDS)
+    assert "| micro | dilkern |" in report.steps_table(rows)
 
 
 def test_a_training_step_with_a_wrong_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
 
     def wrong(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return 1.01 * end_to_end.naive_logps(model, ids, labels)
+        return 1.01 * train_step.naive_logps(model, ids, labels)
 
-    monkeypatch.setitem(end_to_end.LOGPS, "dilkern", wrong)
-    monkeypatch.setattr(end_to_end, "METHODS", ("naive", "dilkern"))
-    rows = end_to_end.measure(
-        end_to_end.Setup("micro", pairs=2, length=16, prompt=4), 1, remote=False
+    monkeypatch.setitem(train_step.LOGPS, "dilkern", wrong)
+    monkeypatch.setattr(train_step, "METHODS", ("naive", "dilkern"))
+    rows = train_step.steps(
+        train_step.Setup("micro", pairs=2, length=16, prompt=4), 1, remote=False
     )
     assert rows[0]["status"] == "ok" and rows[1]["status"] == "refused"
     assert "step_ms" not in rows[1] and "peak_mib" not in rows[1]
@@ -455,9 +427,9 @@ def test_a_training_step_with_a_wrong_gradient_is_refused(monkeypatch: pytest.Mo
 
 def test_a_four_bit_step_trains_the_packed_model_and_is_judged_by_its_decoded_one() -> None:
     bnb = pytest.importorskip("bitsandbytes")
-    setup = end_to_end.Setup("micro", four_bit=True)
-    packed = end_to_end.build_model(setup, torch.float32, fused=False)
-    exact = end_to_end.build_model(setup, torch.float64, fused=False)
+    setup = train_step.Setup("micro", four_bit=True)
+    packed = train_step.build_model(setup, torch.float32, fused=False)
+    exact = train_step.build_model(setup, torch.float64, fused=False)
     layers = [m for m in packed.modules() if isinstance(m, bnb.nn.Linear4bit)]
     assert len(layers) == 7 and not [m for m in exact.modules() if type(m) is type(layers[0])]
     mlp = "base_model.model.model.layers.0.mlp.up_proj"
@@ -474,14 +446,14 @@ def test_longest_finds_the_limit_within_a_sixteenth(limit: int) -> None:
         tried.append(length)
         return length <= limit
 
-    found = end_to_end.longest(trial, unit=8, most=1024)
+    found = train_step.longest(trial, unit=8, most=1024)
     assert found <= limit and found % 8 == 0 and len(tried) < 16
     assert min(limit, 1024) - found <= max(8, found // 16)
 
 
 def test_running_out_of_memory_is_an_answer_and_other_errors_are_not() -> None:
-    setup = end_to_end.Setup("micro", pairs=1, length=8, prompt=2)
-    task = end_to_end.StepTask(setup, "naive", 1)
+    setup = train_step.Setup("micro", pairs=1, length=8, prompt=2)
+    task = train_step.StepTask(setup, "naive", 1)
     assert task.fits(16)
     short = task.logps
 
@@ -503,13 +475,10 @@ def test_sources_changed_after_packing_are_dirty(
     """A copy without git: the commit is what `pack` noted, if the sources are still the same."""
     monkeypatch.setattr(environment, "_output", lambda *command: "")
     monkeypatch.setattr(environment, "PACK", tmp_path)
-    assert environment.identity() | {"fingerprint": ""} == {
-        "commit": "unknown",
-        "dirty": True,
-        "fingerprint": "",
-    }
+    found = environment.identity()
+    assert (found["commit"], found["dirty"]) == ("unknown", True)
     noted = {"commit": "abc", "dirty": False, "fingerprint": environment.fingerprint()}
     (tmp_path / "commit.json").write_text(json.dumps(noted))
-    assert environment.commit() == "abc" and not environment.dirty()
+    assert environment.identity() == noted
     monkeypatch.setattr(environment, "fingerprint", lambda: "other")
-    assert environment.dirty()
+    assert environment.identity()["dirty"]

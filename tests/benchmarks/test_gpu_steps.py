@@ -1,7 +1,8 @@
-"""The GPU steps without a GPU: their command lines, their logic at tiny sizes, the goals."""
+"""The GPU steps without a GPU: every command at tiny size, their command lines, the goals."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -15,67 +16,106 @@ import pytest
 import torch
 import typer
 
-from benchmarks import end_to_end, environment, goals, gpu, run, scaling, tune
-from benchmarks.blocks import GPU_CASES
+from benchmarks import report, run
 from benchmarks.cases import Case, case_of
+from benchmarks.environment import read_rows
+from tools import blocks, gpu, tune
 
 ROOT = Path(__file__).resolve().parents[2]
+FILES = {  # of every step at tiny size; beside them a log
+    "tests": "",
+    "suite": ".csv .json -ceilings.csv -ceilings.json -ceilings.md -goals.md",
+    "tune": "-blocks.json -blocks.md -tune-rows.json -tune.json -tune.md",
+    "steps": "-steps.csv -steps.json -steps.md",
+    "longest": "-longest.csv -longest.json -longest.md",
+    "scaling": "-scaling.csv -scaling.json -scaling.md -scaling.png",
+    "profile": "-breakdown.json -breakdown.txt",
+}
 
 
-@pytest.mark.parametrize("tiny", [False, True])
-@pytest.mark.parametrize("step", gpu.STEPS)
-def test_every_command_line_is_one_that_its_script_takes(step: str, tiny: bool) -> None:
-    for command in gpu.commands(step, Path("/nowhere/stem"), tiny):
-        if "-m" not in command or not command[command.index("-m") + 1].startswith("benchmarks."):
-            continue
-        at = command.index("-m") + 1
-        app = typer.Typer()
-        app.command()(importlib.import_module(command[at]).main)
-        typer.main.get_command(app).make_context(command[at], command[at + 1 :])
-    with pytest.raises(typer.BadParameter, match="known: tests"):
-        gpu.commands("nothing", Path("stem"), tiny)
-
-
-def test_the_named_cases_exist() -> None:
-    keys = {case.key for case in run.select_cases("gpu")}
-    assert set(gpu.PROFILED) <= keys and set(GPU_CASES.split(",")) <= keys
-    wanted = {(4096, 8192), (2048, 8192), (1024, 8192)}
-    assert wanted <= {(case.hidden, case.tokens) for case in run.select_cases("gpu")}
-
-
-# The steps that launch kernels, in a process of their own: the interpreter is chosen before Triton.
-@pytest.mark.slow
-@pytest.mark.parametrize("step", ["tests", "suite", "tune", "profile"])
-def test_a_step_runs_at_tiny_size(step: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of all steps: one process, for the interpreter is chosen before Triton is imported."""
+    folder = tmp_path_factory.mktemp("tiny")
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "run", step, "--tiny", "--out", str(tmp_path)],
+        [sys.executable, "tests/benchmarks/tiny_steps.py", str(folder), *gpu.STEPS],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    files = sorted(tmp_path.iterdir())
-    assert len(files) <= 8 and all(path.stat().st_size > 0 for path in files), files
-    assert (tmp_path / f"{step}.log").exists()
-    (stem,) = {p.name.split("-tune")[0] for p in files if p.name.endswith("-tune.md")} or {""}
-    if step == "tune":
-        assert "_TILES_16:" in (tmp_path / f"{stem}-tune.md").read_text()
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", gpu.STEPS)
+def test_a_step_runs_at_tiny_size_and_leaves_its_files(step: str, tiny: Path) -> None:
+    files = {path.name.removeprefix("tiny"): path for path in (tiny / step).iterdir()}
+    assert sorted(files) == sorted(FILES[step].split()) and len(files) < 8
+    assert all(path.stat().st_size > 0 for path in files.values()), files
     if step == "suite":
-        (table,) = (p for p in files if p.suffix == ".csv" and "ceilings" not in p.name)
-        status = {(row["case"], row["peer"]): row["status"] for row in run.read_rows(table)}
-        assert set(status.values()) == {"ok"}, status
+        status = {(row["case"], row["peer"]): row["status"] for row in read_rows(files[".csv"])}
+        assert set(status.values()) == {"ok"} and len(status) == 10, status
         assert ("tiny+nf4@64-float32-frozen", "dilkern-triton") in status
+    if step == "tune":
+        assert "_TILES_16:" in files["-tune.md"].read_text()
+        assert "(b) own plan" in files["-blocks.md"].read_text()
+        assert not [
+            row for row in json.loads(files["-tune-rows.json"].read_text()) if row["failed"]
+        ]
+    if step == "steps":
+        assert [row["status"] for row in read_rows(files["-steps.csv"])] == ["ok"] * 3
+    if step == "longest":
+        assert [row["length"] for row in read_rows(files["-longest.csv"])] == ["16"] * 3
+        assert "longest sequence under 24 GiB: 16" in files["-longest.md"].read_text()
+    if step == "scaling":
+        assert [row["status"] for row in read_rows(files["-scaling.csv"])] == ["ok"] * 8
 
 
-def test_the_longest_step_and_the_scaling_study_write_their_files(tmp_path: Path) -> None:
-    end_to_end.main(models="micro", cap_gib=24, unit=8, most=16, out=tmp_path / "a")
-    rows = run.read_rows(tmp_path / "a.csv")
-    assert [row["length"] for row in rows] == ["16"] * 3
-    assert "longest sequence under 24 GiB: 16" in (tmp_path / "a.md").read_text()
-    scaling.main(tiny=True, out=tmp_path / "b")
-    assert len(run.read_rows(tmp_path / "b.csv")) == 8
-    assert (tmp_path / "b.png").stat().st_size > 0
+def ncu(arguments: list[str]) -> list[str]:
+    """What Nsight Compute makes of its command line: the command that it wraps."""
+    parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--clock-control", choices=("base", "none"))
+    parser.add_argument("--set", choices=("basic", "detailed", "full"))
+    parser.add_argument("--page", choices=("details", "raw", "session", "source"))
+    parser.add_argument("-f", action="store_true")
+    for name in ("-k", "-o", "-i"):
+        parser.add_argument(name)
+    for name in ("-s", "-c"):
+        parser.add_argument(name, type=int)
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    found = parser.parse_args(arguments)
+    assert bool(found.i) != bool(found.command) and bool(found.o) == bool(found.command)
+    assert Path(found.i or "x.ncu-rep").suffix == ".ncu-rep"
+    return found.command
+
+
+@pytest.mark.parametrize("tiny_size", [False, True])
+@pytest.mark.parametrize("step", gpu.STEPS)
+def test_every_command_line_is_one_that_its_program_takes(step: str, tiny_size: bool) -> None:
+    for command in gpu.commands(step, Path("/nowhere/stem"), tiny_size):
+        command = ncu(command[1:]) if command[0] == "ncu" else command
+        if not command or "pytest" in command:
+            continue
+        name, *arguments = command[command.index("-m") + 1 :]
+        module, app = importlib.import_module(name), typer.Typer()
+        if hasattr(module, "main"):
+            app.command()(module.main)
+        parser = typer.main.get_command(getattr(module, "app", app))
+        context = parser.make_context(name, arguments)
+        if isinstance(parser, typer.core.TyperGroup):
+            _, chosen, rest = parser.resolve_command(context, arguments)
+            chosen.make_context(name, rest)
+    with pytest.raises(typer.BadParameter, match="known: tests"):
+        gpu.commands("nothing", Path("stem"), tiny_size)
+
+
+def test_the_named_cases_exist() -> None:
+    keys = {case.key for case in run.select_cases("gpu")}
+    assert set(gpu.PROFILED) <= keys and set(blocks.GPU_CASES.split(",")) <= keys
+    wanted = {(width, 8192) for width in report.WIDTHS}
+    assert wanted <= {(case.hidden, case.tokens) for case in run.select_cases("gpu")}
 
 
 def test_a_step_continues_its_own_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,25 +123,29 @@ def test_a_step_continues_its_own_results(tmp_path: Path, monkeypatch: pytest.Mo
     known.parent.mkdir()
     for rest in (".csv", ".json", "-steps.csv", "-tune.json"):
         known.with_name(known.name + rest).write_text(rest)
-    monkeypatch.setattr(environment, "default_stem", lambda device: known)
+    monkeypatch.setattr(gpu, "default_stem", lambda device: known)
     calls: list[str] = []
 
     def execute(command: list[str], log: Path, limit: float) -> int:
         calls.append(command[2])
-        return {"benchmarks.run": gpu.UNFINISHED}.get(command[2], 0)
+        return {"benchmarks.run": run.UNFINISHED}.get(command[2], 0)
 
     monkeypatch.setattr(gpu, "execute", execute)
     with pytest.raises(SystemExit) as stopped:
         gpu.run("suite", tmp_path / "out", tiny=False, limit=1)
-    assert stopped.value.code == gpu.UNFINISHED
-    assert calls == ["benchmarks.ceilings", "benchmarks.run", "benchmarks.goals"]
+    assert stopped.value.code == run.UNFINISHED
+    assert calls == ["tools.ceilings", "benchmarks.run", "benchmarks.report"]
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"day-commit.csv", "day-commit.json"}
+    monkeypatch.setattr(gpu, "execute", lambda *unused: 3)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(SystemExit, match="3"):
+        gpu.run("tune", tmp_path / "tiny", tiny=True, limit=1)
+    assert os.environ["TRITON_INTERPRET"] == "1" and not list((tmp_path / "tiny").iterdir())
 
 
 def test_a_command_that_outlasts_its_limit_is_stopped_and_logged(tmp_path: Path) -> None:
-    script = "import time; print('begun', flush=True); time.sleep(60)"
     log = tmp_path / "x.log"
-    assert gpu.execute([sys.executable, "-c", script], log, 2) == 124
+    assert gpu.execute(["bash", "-c", "echo begun; sleep 60"], log, 1) == 124
     assert "begun" in log.read_text() and "[exit 124" in log.read_text()
 
 
@@ -121,17 +165,11 @@ def test_the_pack_is_pinned_and_measured(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "old.whl").write_bytes(b"")
     gpu.pack()
     assert "trl==1.16.0" in fetched[0] and not (tmp_path / "old.whl").exists()
-    assert set(json.loads((tmp_path / "commit.json").read_text())) == {
-        "commit",
-        "dirty",
-        "fingerprint",
-    }
+    noted = json.loads((tmp_path / "commit.json").read_text())
+    assert set(noted) == {"commit", "dirty", "fingerprint"}
     monkeypatch.setattr(gpu, "TREE_MIB", 1e-3)
     with pytest.raises(typer.Exit):
         gpu.pack()
-
-
-# --- tune -------------------------------------------------------------------------------------
 
 
 def test_tune_refuses_wrong_numbers_and_failures() -> None:
@@ -162,17 +200,26 @@ def test_tune_proposes_the_fastest_row_over_all_sizes() -> None:
     assert '"sm_90": y,' in text and '_TILES_UP_TO_D: "sm_90": 1024,' in text
 
 
-# --- goals ------------------------------------------------------------------------------------
+def test_the_strips_of_the_block_study_are_the_log_sum_exp() -> None:
+    logits = torch.randn(10, 7)
+    for strip in (3, 10):
+        reference, total = torch.full((10,), -torch.inf), torch.zeros(10)
+        blocks.fold(logits.clone(), reference, total, strip)
+        torch.testing.assert_close(reference + total.log(), logits.logsumexp(1))
+    jobs = blocks.whole_op(case_of("tiny", 32))
+    assert list(jobs) == ["bare GEMM", "naive", "own plan", "32 x 300"]
+    text = blocks.report("t", jobs | blocks.strips(64, 64), 1)
+    assert "| 32 x 300 |" in text and "| strips of 64 |" in text
 
 
 def row(case: Case, peer: str, **figures: Any) -> dict[str, str]:
     found = {"total_ms": 1.0, "gemm_multiple": 2.2, "peak_mib": 300.0, "status": "ok"}
-    found |= case.row() | {"case": case.key, "peer": peer} | figures
+    found |= case.row() | {"case": case.key, "peer": peer, "total_ms_min": 1.0} | figures
     return {name: str(value) for name, value in found.items()}
 
 
 def verdicts(rows: list[dict[str, str]]) -> dict[tuple[str, str], bool | None]:
-    return {(v.goal, v.case): v.met for v in goals.judge(rows)}
+    return {(v.goal, v.case): v.met for v in report.judge(rows)}
 
 
 def test_goals_are_met_missed_or_not_measured() -> None:
@@ -180,12 +227,12 @@ def test_goals_are_met_missed_or_not_measured() -> None:
     small = case_of("qwen3-0.6b", 8192, dtype="bfloat16")
     short = case_of("qwen3-0.6b", 512, dtype="bfloat16")
     rows = [
-        row(big, goals.OURS),
+        row(big, report.OURS),
         row(big, "trl", total_ms=0.9),
         row(big, "liger-flce", status="OOM"),
-        row(small, goals.OURS, gemm_multiple=2.9, peak_mib=5000),
+        row(small, report.OURS, gemm_multiple=2.9, peak_mib=5000),
         row(small, "trl", total_ms=1.1),
-        row(short, goals.OURS),
+        row(short, report.OURS),
         row(short, "naive", total_ms=0.5),
     ]
     met = verdicts(rows)
@@ -198,10 +245,30 @@ def test_goals_are_met_missed_or_not_measured() -> None:
     assert met["not slower than trl", small.key] is True
     assert met["not slower than liger-flce", big.key] is None
     assert met["T=512 not slower than naive", short.key] is False
-    text = goals.markdown(list(goals.judge(rows)))
+    # An NF4 row does not answer for the dense goal.
+    packed = row(replace(big, kind="nf4"), report.OURS)
+    assert verdicts([packed])[frozen, "D=4096"] is None
+    text = report.goals_table(list(report.judge(rows)))
     assert "**missed**" in text and "not measured" in text
 
 
-def test_an_nf4_row_does_not_answer_for_the_dense_goal() -> None:
-    nf4 = replace(case_of("llama-3-8b", 8192, dtype="bfloat16"), kind="nf4")
-    assert verdicts([row(nf4, goals.OURS)])["frozen head, forward + backward", "D=4096"] is None
+def test_the_claim_on_a_cpu_is_judged(tmp_path: Path) -> None:
+    case, ours = case_of("claim", 2048), "dilkern-torch"
+    rows = [
+        row(case, "naive", total_ms_min=100, peak_mib=1000),
+        row(case, "trl", total_ms_min=200),
+        row(case, ours, total_ms_min=90, peak_mib=50),
+    ]
+    claim = {goal: met for (goal, _), met in verdicts(rows).items() if "on a CPU" in goal}
+    assert claim == {
+        "on a CPU, 0.8 times naive's time (min)": False,
+        "on a CPU, 0.1 times naive's memory": True,
+        "on a CPU, 0.8 times trl's time (min)": True,
+    }
+    (tmp_path / "r.json").write_text(json.dumps({"rows": rows}))
+    for strict in (True, False):
+        with pytest.raises(SystemExit) as end:
+            report.goals([tmp_path / "r.json"], strict=strict)
+        assert end.value.code == strict
+    rows[1]["status"] = "refused"
+    assert verdicts(rows)["on a CPU, 0.8 times trl's time (min)", case.key] is None

@@ -1,7 +1,7 @@
 """The steps for a GPU machine, one command each, unattended and without network (docs/gpu.md).
 
-    python -m benchmarks.gpu pack               # here: wheels into .whl/, and the lines to run there
-    python -m benchmarks.gpu run suite --out $OUT    # there: one step, its log and results in $OUT
+    python -m tools.gpu pack               # here: wheels into .whl/, and the lines to run there
+    python -m tools.gpu run suite --out $OUT    # there: one step, its log and results in $OUT
 
 A step ends within its limit: a command that would outlast it is stopped, and what it has written by
 then counts. Results of an earlier call that lie under benchmarks/results/<gpu>/ are continued. With
@@ -23,8 +23,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks import environment
-from benchmarks.environment import PACK, ROOT
+from benchmarks.environment import PACK, ROOT, beside, default_stem, identity
 from benchmarks.run import UNFINISHED
 
 app = typer.Typer(add_completion=False, help="Steps for a GPU machine without network.")
@@ -41,68 +40,81 @@ INSTALL = (
     "python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade "
     "--target /tmp/site .whl/*.whl && export PYTHONPATH=/tmp/site:$PWD PYTHONUNBUFFERED=1 || exit;"
 )
-KERNELS = "regex:_(logps_forward|chunk_softmax|fold_block|dz_tile|chunk_dz)_kernel"
-PROFILED = tuple(
-    f"{case}@8192-bfloat16-{mode}"
-    for case, mode in (
-        *(("qwen3-0.6b", "frozen"), ("llama-3-8b", "frozen")),
-        ("llama-3-8b", "trainable"),
-    )
+KERNELS = "regex:^_.*_kernel$"  # ours are called so, the library's are not
+PROFILED = (
+    "qwen3-0.6b@8192-bfloat16-frozen",
+    "llama-3-8b@8192-bfloat16-frozen",
+    "llama-3-8b@8192-bfloat16-trainable",
 )
 # Result files that a repeated call continues, by step: what follows the stem.
 CONTINUED = {
     "suite": (".csv", ".json", "-ceilings.csv", "-ceilings.json", "-ceilings.md"),
+    "steps": ("-steps.csv", "-steps.json"),
+    "longest": ("-longest.csv", "-longest.json"),
     "scaling": ("-scaling.csv", "-scaling.json"),
 }
 
 
 def commands(step: str, stem: Path, tiny: bool) -> list[list[str]]:
     """The commands of a step; `stem` is its result file without suffix."""
-    here = ["--device", "cpu"] if tiny else ["--device", "cuda"]
-    small = ["--tiny"] if tiny else []
+    here = ("--device", "cpu" if tiny else "cuda")
+    small = ("--tiny",) if tiny else ()
 
     def module(name: str, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+        return [sys.executable, "-m", name, *arguments]
 
-    def out(what: str) -> list[str]:
-        return ["--out", f"{stem}-{what}"]
+    def out(what: str) -> tuple[str, str]:
+        return ("--out", f"{stem}-{what}")
+
+    def by_size(at_tiny: str, full: str = "") -> list[str]:
+        return at_tiny.split() if tiny else full.split()
 
     if step == "tests":
         pytest = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu"]
-        return [[*pytest, *(["--collect-only", "-q"] if tiny else []), "tests/gpu", "tests/heads"]]
+        return [[*pytest, *by_size("-q -k nf4_bits"), "tests/gpu", "tests/heads"]]
     if step == "suite":
-        which = ["--cases", "tiny", "--peers", "naive,dilkern-triton", "--rounds", "1"]
-        which = which if tiny else ["--cases", "gpu", "--budget", "400", "--group-seconds", "15"]
+        which = by_size(
+            "--cases tiny --peers naive,dilkern-triton --rounds 1 --no-processes",
+            "--cases gpu --budget 400 --group-seconds 15",
+        )
         return [
-            module("ceilings", *small, *out("ceilings")),
-            module("run", *here, *which, "--out", str(stem)),
-            module("goals", f"{stem}.csv", "--out", f"{stem}-goals.md"),
+            module("tools.ceilings", *small, *out("ceilings")),
+            module("benchmarks.run", *here, *which, "--out", str(stem)),
+            module("benchmarks.report", "goals", f"{stem}.csv", "--out", f"{stem}-goals.md"),
         ]
     if step == "tune":
-        which = ["--cases", "tiny@64-float32-frozen", "--backend", "triton", "--rounds", "1"]
+        which = by_size("--cases tiny@64-float32-frozen --backend triton --rounds 1")
         return [
-            module("tune", *small, *out("tune")),
-            module("blocks", *here, *(which if tiny else []), *out("blocks")),
+            module("tools.tune", *small, *out("tune")),
+            module("tools.blocks", *here, *which, *out("blocks")),
         ]
     if step == "steps":
-        which = ["--models", "micro", "--rounds", "1"] if tiny else []
-        return [module("end_to_end", *here, *which, *out("steps"))]
+        which = by_size("--models micro --rounds 1 --no-processes")
+        return [module("benchmarks.train_step", *here, *which, *out("steps"))]
     if step == "longest":
-        which = ["--models", "micro", "--unit", "8", "--most", "32"] if tiny else []
-        return [module("end_to_end", *here, "--cap-gib", "24", *which, *out("longest"))]
+        which = by_size("--models micro --unit 8 --most 16")
+        return [module("benchmarks.train_step", *here, "--cap-gib", "24", *which, *out("longest"))]
     if step == "scaling":
-        return [module("scaling", *here, *small, *out("scaling"))]
-    if step == "profile":
-        found = [
-            module("breakdown", case, "dilkern-triton", *here, *out("breakdown"))
-            for case in (("tiny@64-float32-frozen",) if tiny else PROFILED)
+        which = by_size(
+            "--cases scaling-tiny --rounds 1 --no-processes",
+            "--cases scaling-gpu --rounds 5 --budget 420 --group-seconds 10",
+        )
+        return [
+            module("benchmarks.run", *here, *which, *out("scaling")),
+            module("benchmarks.report", "draw", f"{stem}-scaling.csv"),
         ]
-        for number, case in enumerate(() if tiny else PROFILED):
+    if step == "profile":
+        found = []
+        profiled = ("tiny@64-float32-frozen",) if tiny else PROFILED
+        wrapped = [module("tools.breakdown", c, "dilkern-triton", *here) for c in profiled]
+        for command in wrapped:
+            found.append([*command, *out("breakdown")])
+        for number, command in enumerate(wrapped):
             report = f"{stem}-ncu{number}"
             counters = ["ncu", "--clock-control", "none", "--set", "full", "-k", KERNELS]
-            plain = module("breakdown", case, "dilkern-triton", "--runs", "1", "--plain")
-            found.append([*counters, "-s", "4", "-c", "4", "-f", "-o", report, *plain])
-            found.append(["ncu", "-i", f"{report}.ncu-rep", "--page", "details"])
+            counters += ["-s", "4", "-c", "4", "-f", "-o", report]
+            found.append([*(() if tiny else counters), *command, "--runs", "1", "--plain"])
+            found += [] if tiny else [["ncu", "-i", f"{report}.ncu-rep", "--page", "details"]]
         return found
     raise typer.BadParameter(f"unknown step {step!r}; known: {', '.join(STEPS)}")
 
@@ -155,14 +167,14 @@ def run(
 ) -> None:
     """Run one step; exit status 0: done, 75: repeat it, else that of the first failure."""
     device = torch.device("cpu" if tiny else "cuda")
-    begin, known = time.monotonic(), environment.default_stem(device)
+    begin, known = time.monotonic(), default_stem(device)
     stem = out / known.name
     out.mkdir(parents=True, exist_ok=True)
     todo = commands(step, stem, tiny)
     if not tiny:
         for rest in CONTINUED.get(step, ()):
-            if known.with_name(known.name + rest).exists():
-                shutil.copy(known.with_name(known.name + rest), out)
+            if beside(known, rest).exists():
+                shutil.copy(beside(known, rest), out)
     else:
         os.environ["TRITON_INTERPRET"] = "1"
     statuses = [
@@ -203,13 +215,13 @@ def pack() -> None:
     fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
     fetch += ["--python-version=3.12", "--implementation=cp", *tags, "-d", str(PACK)]
     subprocess.run([*fetch, *map(pinned, WHEELS)], cwd=ROOT, check=True)
-    (PACK / "commit.json").write_text(json.dumps(environment.identity()) + "\n")
+    (PACK / "commit.json").write_text(json.dumps(identity()) + "\n")
     size = travelling_mib()
     print(f"{size:.1f} MiB would travel, at most {TREE_MIB} may")
     if size > TREE_MIB:
         raise typer.Exit(1)
     for step, what in STEPS.items():
-        print(f"\n# {step}: {what}\n{INSTALL} python3 -m benchmarks.gpu run {step} --out $OUT")
+        print(f"\n# {step}: {what}\n{INSTALL} python3 -m tools.gpu run {step} --out $OUT")
 
 
 if __name__ == "__main__":

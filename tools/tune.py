@@ -1,4 +1,4 @@
-"""Propose rows for kernels/configs.py on the GPU at hand: `python -m benchmarks.tune`.
+"""Propose rows for kernels/configs.py on the GPU at hand: `python -m tools.tune`.
 
 For 16-bit inputs it times every candidate tile of `logps_forward` and `dz_tile` at real sizes (tiles
 of which two fit an SM beside larger ones, with and without tensor descriptors), and the library path
@@ -13,10 +13,9 @@ Times are medians of interleaved rounds. `--tiny` is a smoke run; Triton's inter
 
 from __future__ import annotations
 
-import itertools
 import json
-import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
@@ -25,8 +24,8 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks import environment
-from benchmarks.measure import Clock
+from benchmarks.environment import begin, beside, default_stem, markdown
+from benchmarks.measure import Plan, interleave, spread, timed
 from dilkern.kernels import configs
 from dilkern.kernels.chunk_softmax import chunk_softmax
 from dilkern.kernels.configs import Rows, Tile
@@ -82,7 +81,8 @@ def compare(
         try:
             got = call()
             got = None if got is None else got.float().clone()
-            Clock(device)  # waits, so that an error of the launch is this candidate's
+            if device.type == "cuda":  # so that an error of the launch is this candidate's
+                torch.cuda.synchronize()
         except Exception as error:  # a row that does not compile or fit is a result
             first = str(error).splitlines()[0] if str(error) else ""
             failed[name] = f"{type(error).__name__}: {first[:120]}"
@@ -90,14 +90,26 @@ def compare(
         want = got if want is None else want
         if want is not None and not (got - want).norm() <= 1e-2 * want.norm():
             failed[name] = f"wrong numbers: {(got - want).norm() / want.norm():.3g} from the first"
-    alive = [name for name in calls if name not in failed]
-    samples: dict[Any, list[float]] = {name: [] for name in alive}
-    for _, name in itertools.product(range(rounds), alive):
-        clock = Clock(device)
-        calls[name]()
-        clock.mark()
-        samples[name].append(1000 * clock.seconds()[0])
-    return {name: statistics.median(times) for name, times in samples.items()}, failed
+    alive = {n: partial(timed, call, device) for n, call in calls.items() if n not in failed}
+    samples, _ = interleave(alive, Plan(rounds))
+    times = {n: spread([t.total for t in mine], "x")["x_ms"] for n, mine in samples.items()}
+    return times, failed
+
+
+def entries(
+    kernel: str,
+    calls: dict[Any, Call],
+    shape: tuple[int, int, int],
+    device: torch.device,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """What became of every candidate of one kernel."""
+    times, failed = compare(calls, device, rounds)
+    sizes = dict(zip("nvd", shape))
+    return [
+        {"kernel": kernel, "row": row, **sizes, "ms": times.get(row), "failed": failed.get(row, "")}
+        for row in calls
+    ]
 
 
 def using(name: str, row: Any, call: Call) -> Call:
@@ -146,21 +158,11 @@ def tune_tiles(
         dz_tile(h, w, labels, torch.stack((zeros + 10, zeros)), zeros + 1, g, p, start=0)
         return p
 
-    candidates = tiles(device, dtype)
-    kernels: dict[str, dict[Any, Call]] = {
-        "logps_forward": {"library": library}
-        | {tile: using("tile", tile, lambda t=tile: own(t)) for tile in candidates},
-        "dz_tile": {tile: using("tile", tile, recompute) for tile in candidates},
-    }
-    found = []
-    for kernel, calls in kernels.items():
-        times, failed = compare(calls, device, rounds)
-        for name in calls:
-            found.append(
-                {"kernel": kernel, "row": name, "n": n, "v": v, "d": d}
-                | {"ms": times.get(name), "failed": failed.get(name, "")}
-            )
-    return found
+    candidates, shape = tiles(device, dtype), (n, v, d)
+    ours = {tile: using("tile", tile, partial(own, tile)) for tile in candidates}
+    again = {tile: using("tile", tile, recompute) for tile in candidates}
+    found = entries("logps_forward", {"library": library} | ours, shape, device, rounds)
+    return found + entries("dz_tile", again, shape, device, rounds)
 
 
 def tune_rows(device: torch.device, n: int, v: int, d: int, rounds: int) -> list[dict[str, Any]]:
@@ -196,13 +198,8 @@ def tune_rows(device: torch.device, n: int, v: int, d: int, rounds: int) -> list
     found = []
     for name, call in calls.items():
         p.zero_()
-        mine = {r: using(name, r, lambda r=r, c=call: c(r)) for r in rows(name, device)}
-        times, failed = compare(mine, device, rounds)
-        for row in mine:
-            found.append(
-                {"kernel": name, "row": row, "n": n, "v": v, "d": d}
-                | {"ms": times.get(row), "failed": failed.get(row, "")}
-            )
+        mine = {row: using(name, row, partial(call, row)) for row in rows(name, device)}
+        found += entries(name, mine, (n, v, d), device, rounds)
     return found
 
 
@@ -241,13 +238,13 @@ def proposal(found: list[dict[str, Any]], arch: str) -> str:
     return "\n".join([*lines, f"# own product over library path by D: {shown}"])
 
 
-def markdown(found: list[dict[str, Any]]) -> str:
-    lines = ["| kernel | n x v x D | row | ms |", "|---|---|---|---|"]
+def table(found: list[dict[str, Any]]) -> str:
     ranked = sorted(found, key=lambda e: (e["kernel"], e["d"], e["ms"] or float("inf")))
+    lines = []
     for e in ranked:
         ms = e["failed"] if e["ms"] is None else f"{e['ms']:.4f}"
-        lines.append(f"| {e['kernel']} | {e['n']} x {e['v']} x {e['d']} | {e['row']} | {ms} |")
-    return "\n".join(lines) + "\n"
+        lines.append([e["kernel"], f"{e['n']} x {e['v']} x {e['d']}", e["row"], ms])
+    return markdown("kernel|n x v x D|row|ms", lines)
 
 
 def main(
@@ -264,19 +261,18 @@ def main(
     widths = [int(d) for d in hidden.split(",")]
     if tiny:
         tokens, vocab, widths, rounds = 64, 256, [64], 1
-    stem = environment.default_stem(device)
-    stem = out or stem.with_name(f"{stem.name}-tune")
-    environment.record(stem.with_name(stem.name + ".json"), device)
+    stem = out or default_stem(device, "tune")
+    begin(stem, device)
     found: list[dict[str, Any]] = []
     for d in widths:
         found += tune_tiles(device, dtype, tokens, vocab, d, rounds)
         found += tune_rows(device, tokens, vocab, d, rounds)
         # After each size, so that a call that is cut off leaves its rows.
-        text = f"{markdown(found)}\n```\n{proposal(found, configs.arch(device))}\n```\n"
-        stem.with_name(stem.name + ".md").write_text(text)
+        text = f"{table(found)}\n```\n{proposal(found, configs.arch(device))}\n```\n"
+        beside(stem, ".md").write_text(text)
         printable = [entry | {"row": str(entry["row"])} for entry in found]
-        stem.with_name(stem.name + "-rows.json").write_text(json.dumps(printable, indent=1))
-    print(text + str(stem.with_name(stem.name + ".md")))
+        beside(stem, "-rows.json").write_text(json.dumps(printable, indent=1))
+    print(f"{text}{beside(stem, '.md')}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One whole training step, policy and reference, LoRA: `python -m benchmarks.end_to_end`.
+"""One whole training step, policy and reference, LoRA: `python -m benchmarks.train_step`.
 
 The model is a real architecture with random weights. A step is: reference log-probs (adapter off, no
 gradient), policy log-probs, DPO loss on their sums over the completion, backward, AdamW on the
@@ -11,17 +11,17 @@ adapter. Three ways to the log-probs, everything else the same:
 - dilkern: the backbone's hidden states and `linear_logps`.
 
 The first step's loss and adapter gradient must agree with an fp64 copy of the model (of a 4-bit one,
-of its decoded weights) within twice the error of naive before a row is written; of a model with
-`checked_pairs` that is done on the first pairs of the batch. `--cap-gib 24` asks another question: the
-longest sequence whose step fits, found by bisection, one pair per step.
+of its decoded weights) within twice the error of naive; of a model with `checked_pairs` that is judged
+on the first pairs of the batch. `--cap-gib 24` asks another question: the longest sequence whose step
+fits, found by bisection, one pair per step. Models that the result file has are not measured again.
 """
 
 from __future__ import annotations
 
-import csv
 import gc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,21 +31,20 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks import environment
-from benchmarks.cases import SEED, build_layer
-from benchmarks.measure import (
-    Clock,
-    Local,
-    PeakMemory,
-    Timing,
-    Worker,
-    WorkerFailed,
-    is_out_of_memory,
-    spread,
-)
+from benchmarks import measure
+from benchmarks.cases import SEED, build_layer, label_logps
+from benchmarks.environment import append_rows, begin, beside, default_stem, read_rows
+from benchmarks.report import steps_table
+from benchmarks.truth import FP32, refusal, relative
 
 METHODS = ("naive", "trl", "dilkern")
 BETA = 0.1
+FIELDS = (
+    *("model", "method", "device", "dtype", "pairs", "length", "prompt", "lora_r", "status"),
+    *("four_bit", "checkpoint", "checked_pairs", "cap_gib"),
+    *("reason", "rounds", "step_ms", "step_ms_p20", "step_ms_p80", "step_ms_min"),
+    *("tokens_per_s", "tokens_per_s_max", "peak_mib", "loss_err", "grad_err"),
+)
 
 
 @dataclass(frozen=True)
@@ -68,45 +67,29 @@ class Setup:
         return 2 * self.pairs * self.length
 
 
-def _llama(vocab: int, hidden: int, inner: int, layers: int, heads: int, kv: int) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        tie_word_embeddings=True,
-        max_position_embeddings=1 << 20,
-    )
-
-
-def _qwen3(hidden: int, inner: int, layers: int, heads: int, tied: bool) -> Any:
-    from transformers import Qwen3Config
-
-    return Qwen3Config(
-        vocab_size=151936,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=tied,
-        max_position_embeddings=1 << 20,
-    )
-
-
-MODELS = {
+SHAPE = (
+    *("vocab_size", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+)
+MODELS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     # No smaller: bitsandbytes 0.50 decodes wrongly on a CPU where D is no multiple of its block of 64.
-    "micro": lambda: _llama(512, 64, 128, 1, 2, 2),
-    "tiny-llama-32k": lambda: _llama(32768, 256, 688, 4, 4, 2),
-    "llama-3.2-1b": lambda: _llama(128256, 2048, 8192, 16, 32, 8),
-    "qwen3-0.6b": lambda: _qwen3(1024, 3072, 28, 16, True),
-    "qwen3-8b": lambda: _qwen3(4096, 12288, 36, 32, False),
+    "micro": ("Llama", (512, 64, 128, 1, 2, 2), {}),
+    "tiny-llama-32k": ("Llama", (32768, 256, 688, 4, 4, 2), {}),
+    "llama-3.2-1b": ("Llama", (128256, 2048, 8192, 16, 32, 8), {}),
+    "qwen3-0.6b": ("Qwen3", (151936, 1024, 3072, 28, 16, 8), {"head_dim": 128}),
+    "qwen3-8b": (
+        *("Qwen3", (151936, 4096, 12288, 36, 32, 8)),
+        {"head_dim": 128, "tie_word_embeddings": False},
+    ),
 }
+
+
+def config_of(name: str) -> Any:
+    import transformers
+
+    kind, shape, more = MODELS[name]
+    shared = {"max_position_embeddings": 1 << 20, "tie_word_embeddings": True}
+    return getattr(transformers, f"{kind}Config")(**(shared | dict(zip(SHAPE, shape)) | more))
 
 
 def build_model(setup: Setup, dtype: torch.dtype, fused: bool) -> Any:
@@ -118,9 +101,8 @@ def build_model(setup: Setup, dtype: torch.dtype, fused: bool) -> Any:
     torch.manual_seed(SEED)
     # Made in the measured dtype: an fp64 copy is the truth of the same weights.
     with torch.device(setup.device):
-        base = AutoModelForCausalLM.from_config(
-            MODELS[setup.model](), dtype=getattr(torch, setup.dtype)
-        )
+        dense = getattr(torch, setup.dtype)
+        base = AutoModelForCausalLM.from_config(config_of(setup.model), dtype=dense)
     if setup.four_bit:
         quantise(base, decoded=dtype is torch.float64)
     if dtype is torch.float64:
@@ -137,7 +119,7 @@ def build_model(setup: Setup, dtype: torch.dtype, fused: bool) -> Any:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 drawn = 0.05 * torch.randn(parameter.shape, generator=rng)
-                parameter.copy_(drawn.to(getattr(torch, setup.dtype)))
+                parameter.copy_(drawn.to(dense))
                 assert "lora" in name
     return model
 
@@ -162,8 +144,7 @@ def quantise(model: Any, decoded: bool) -> None:
 
 def make_batch(setup: Setup) -> tuple[Tensor, Tensor]:
     """Token ids from a Zipf law, (2 * pairs, length), and labels with the prompt ignored."""
-    vocab = MODELS[setup.model]().vocab_size
-    rng = torch.Generator().manual_seed(SEED)
+    rng, (vocab, *_) = torch.Generator().manual_seed(SEED), MODELS[setup.model][1]
     zipf = (torch.arange(vocab, dtype=torch.float32) + 2.7).reciprocal()
     shape = (2 * setup.pairs, setup.length)
     ids = torch.multinomial(zipf, setup.tokens, replacement=True, generator=rng).view(shape)
@@ -175,9 +156,7 @@ def make_batch(setup: Setup) -> tuple[Tensor, Tensor]:
 def naive_logps(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     logits = logits if logits.dtype is torch.float64 else logits.float()
-    mask, wanted = labels[:, 1:] != -100, labels[:, 1:].clamp(min=0)
-    picked = logits.log_softmax(-1).gather(-1, wanted.unsqueeze(-1)).squeeze(-1)
-    return (picked * mask).sum(1)
+    return (label_logps(logits, labels[:, 1:].clamp(min=0)) * (labels[:, 1:] != -100)).sum(1)
 
 
 def trl_logps(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
@@ -205,6 +184,7 @@ class StepTask:
         self.model = build_model(setup, dtype, fused=method == "trl")
         self.ids, self.labels = make_batch(setup)
         self.parameters = [p for n, p in self.model.named_parameters() if "lora" in n]
+        self.initial = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
 
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
@@ -216,6 +196,9 @@ class StepTask:
 
     def gradients(self) -> tuple[float, Tensor]:
         """Loss and adapter gradient of the first step, without the step."""
+        with torch.no_grad():
+            for parameter, initial in zip(self.parameters, self.initial):
+                parameter.copy_(initial)
         self.optimizer.zero_grad()
         pairs, checked = self.setup.pairs, self.setup.checked_pairs or self.setup.pairs
         rows = [*range(checked), *range(pairs, pairs + checked)]  # chosen first
@@ -225,123 +208,91 @@ class StepTask:
         self.optimizer.zero_grad()
         return loss.item(), found
 
+    def check(self, truth: tuple[float, Tensor]) -> dict[str, float]:
+        loss, gradient = self.gradients()
+        return {"loss_err": abs(loss - truth[0]), "grad_err": relative(gradient, truth[1])[1]}
+
     def first(self) -> dict[str, float]:
         """Warm up on a short batch, then watch the memory of one step."""
         cut = self.setup.prompt + 2
         self.loss(self.ids[:, :cut], self.labels[:, :cut]).backward()
         self.optimizer.zero_grad()
-        with PeakMemory(torch.device(self.setup.device)) as peak:
-            self.run()
+        with measure.PeakMemory(torch.device(self.setup.device)) as peak:
+            self.step()
         return {"peak_mib": peak.mib}
 
-    def run(self) -> Timing:
-        clock = Clock(torch.device(self.setup.device))
+    def step(self) -> None:
         self.optimizer.zero_grad()
         self.loss(self.ids, self.labels).backward()
         self.optimizer.step()
-        clock.mark()
-        return Timing(*clock.seconds() * 2)
+
+    def run(self) -> measure.Timing:
+        return measure.timed(self.step, torch.device(self.setup.device))
 
     def fits(self, length: int) -> bool:
         """Whether a step on sequences of `length` ends without running out of memory."""
         self.ids, self.labels = make_batch(replace(self.setup, length=length, prompt=length // 4))
+        fitted = True
         try:
             self.run()
         except RuntimeError as error:
-            if not is_out_of_memory(str(error)):
+            if not measure.is_out_of_memory(str(error)):
                 raise
             fitted = False
-        else:
-            fitted = True
         # Outside the except block: the traceback holds the tensors of the failed step.
+        self.close()
+        return fitted
+
+    def close(self) -> None:
         self.optimizer.zero_grad()
         gc.collect()
         if self.setup.device == "cuda":
             torch.cuda.empty_cache()
-        return fitted
 
 
-def errors(found: tuple[float, Tensor], truth: tuple[float, Tensor]) -> dict[str, float]:
-    gap = (found[1] - truth[1]).norm() / truth[1].norm()
-    return {"loss_err": abs(found[0] - truth[0]), "grad_err": gap.item()}
-
-
-def refusal(found: dict[str, float], naive: dict[str, float], dtype: torch.dtype) -> str | None:
-    """None if within twice naive's error plus a band of roundings.
-
-    16 units of the dtype; for the loss in fp32 256, as in `truth.refusal`: one scalar, made of sums
+def step_band(name: str, dtype: torch.dtype) -> float:
+    """16 units of the dtype; for the loss in fp32 256, as for every scalar loss: it is made of sums
     of hundreds of nats, where naive's own error is a matter of luck.
     """
-    for name, value in found.items():
-        units = 256 if name == "loss_err" and dtype is torch.float32 else 16
-        limit = 2 * naive[name] + units * torch.finfo(dtype).eps
-        if not value <= limit:
-            return f"{name} {value:.3g} > {limit:.3g}"
-    return None
+    own = torch.finfo(dtype).eps
+    return 256 * FP32 if name == "loss_err" and dtype is torch.float32 else 16 * own
 
 
-def measure(
-    setup: Setup, rounds: int, tick: Any = lambda text: None, remote: bool | None = None
+def steps(
+    setup: Setup, rounds: int, tick: measure.Tick = measure.silent, remote: bool | None = None
 ) -> list[dict[str, Any]]:
     """One row per method, refused and failed ones too; `remote` as in `measure_group`."""
     threads = torch.get_num_threads()
     remote = setup.device == "cpu" if remote is None else remote
+    start = partial(measure.Worker if remote else measure.Local, StepTask, setup)
 
-    def start(method: str, exact: bool = False) -> Worker | Local:
-        if remote:
-            return Worker(StepTask, setup, method, threads, exact)
-        return Local(lambda: StepTask(setup, method, threads, exact))
+    def ask(name: str, exact: bool, question: str, *values: Any) -> Any:
+        """In a task of its own, which is gone before the next comes."""
+        tick("fp64" if exact else "its same-dtype error")
+        task = start(name, threads, exact)
+        try:
+            return task.call(question, *values)
+        finally:
+            task.close()
 
-    tick("fp64")
-    judge = start("naive", exact=True)
     try:
-        truth = judge.call("gradients")
-    finally:
-        if isinstance(judge, Local):
-            judge.task = None  # the fp64 copy goes before the models come
-        judge.close()
-    rows: dict[str, dict[str, Any]] = {}
-    workers: dict[str, Worker | Local] = {}
-    budget: dict[str, float] = {}
-    try:
-        for method in METHODS:
-            tick(method)
-            rows[method] = {"method": method} | asdict(setup)
-            worker = start(method)
-            try:
-                found = errors(worker.call("gradients"), truth)
-                budget = found if method == "naive" else budget
-                rows[method] |= found
-                reason = refusal(found, budget or found, getattr(torch, setup.dtype))
-                if reason is not None:
-                    rows[method] |= {"status": "refused", "reason": reason}
-                    worker.close()
-                    continue
-                if remote:  # a process in which nothing of this size has run yet
-                    worker.close()
-                    worker = start(method)
-                rows[method] |= worker.call("first")
-                workers[method] = worker
-            except WorkerFailed as failed:
-                status = "OOM" if is_out_of_memory(str(failed)) else "error"
-                rows[method] |= {"status": status, "reason": str(failed)[:300]}
-                worker.close()
-        times: dict[str, list[float]] = {method: [] for method in workers}
-        for number in range(-1, rounds):
-            tick(f"round {number + 1} of {rounds}")
-            names = list(workers)
-            turn = (number + 1) % max(1, len(names))
-            for name in names[turn:] + names[:turn]:
-                seconds = workers[name].call("run").total
-                if number >= 0:
-                    times[name].append(seconds)
-    finally:
-        for worker in workers.values():
-            worker.close()
-    for name, seconds in times.items():
-        rows[name] |= spread(seconds, "step") | {"status": "ok", "rounds": rounds}
-        rows[name]["tokens_per_s"] = 1000 * setup.tokens / rows[name]["step_ms"]
-        rows[name]["tokens_per_s_max"] = 1000 * setup.tokens / rows[name]["step_ms_min"]
+        truth = ask("naive", True, "gradients")
+        budget = ask("naive", False, "check", truth)
+    except measure.WorkerFailed as failed:  # nobody can be judged
+        return [{"method": method} | asdict(setup) | failed.row() for method in METHODS]
+    rows, times = measure.contest(
+        {method: start(method, threads) for method in METHODS},
+        truth,
+        partial(refusal, budget=budget, dtype=getattr(torch, setup.dtype), band=step_band),
+        measure.Plan(rounds),
+        tick,
+    )
+    for method in METHODS:
+        row = rows[method] = {"method": method} | asdict(setup) | rows[method]
+        if row["status"] == "ok":
+            row |= measure.spread([t.total for t in times[method]], "step")
+            row["tokens_per_s"] = 1000 * setup.tokens / row["step_ms"]
+            row["tokens_per_s_max"] = 1000 * setup.tokens / row["step_ms_min"]
     return list(rows.values())
 
 
@@ -362,7 +313,7 @@ def longest(trial: Callable[[int], bool], unit: int, most: int) -> int:
 
 
 def longest_under(
-    setup: Setup, cap_gib: float, unit: int, most: int, tick: Any = lambda text: None
+    setup: Setup, cap_gib: float, unit: int, most: int, tick: measure.Tick = measure.silent
 ) -> list[dict[str, Any]]:
     """One row per method: the longest sequence whose step fits under `cap_gib` of GPU memory."""
     if setup.device == "cuda":
@@ -370,56 +321,21 @@ def longest_under(
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * 2**30 / total))
     rows = []
     for method in METHODS:
-        worker = Local(lambda m=method: StepTask(setup, m, torch.get_num_threads()))
+        task = measure.Local(StepTask, setup, method, torch.get_num_threads())
 
-        def trial(length: int, worker: Local = worker, method: str = method) -> bool:
+        def trial(length: int, task: measure.Local = task, method: str = method) -> bool:
             tick(f"{method}: {length}")
-            return worker.call("fits", length)
+            return task.call("fits", length)
 
         row: dict[str, Any] = {"method": method} | asdict(setup)
         row |= {"cap_gib": cap_gib, "status": "ok"}
         try:
             row["length"] = longest(trial, unit, most)
-        except WorkerFailed as failed:
-            row |= {"status": "error", "reason": str(failed)[:300]}
-        worker.task = None
-        worker.close()
+        except measure.WorkerFailed as failed:
+            row |= failed.row()
+        task.close()
         rows.append(row)
     return rows
-
-
-FIELDS = (
-    *("model", "method", "device", "dtype", "pairs", "length", "prompt", "lora_r", "status"),
-    *("four_bit", "checkpoint", "checked_pairs", "cap_gib"),
-    *("reason", "rounds", "step_ms", "step_ms_p20", "step_ms_p80", "step_ms_min"),
-    *("tokens_per_s", "tokens_per_s_max", "peak_mib", "loss_err", "grad_err"),
-)
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| model | log-probs by | tokens/s (median) | step ms (min) | peak above model, MiB | "
-        "relative error of the adapter gradient |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        if row["status"] != "ok":
-            lines.append(
-                f"| {row['model']} | {row['method']} | {row['status']}: {row['reason']} | | | |"
-            )
-            continue
-        if row.get("cap_gib"):
-            lines.append(
-                f"| {row['model']} | {row['method']} | longest sequence under "
-                f"{row['cap_gib']:g} GiB: {row['length']} | | | |"
-            )
-            continue
-        lines.append(
-            f"| {row['model']} | {row['method']} | {float(row['tokens_per_s']):.0f} "
-            f"| {float(row['step_ms']):.0f} ({float(row['step_ms_min']):.0f}) "
-            f"| {float(row['peak_mib']):.0f} | {float(row['grad_err']):.1e} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def setups(device: str, names: list[str]) -> list[Setup]:
@@ -438,6 +354,9 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     models: Annotated[str, typer.Option(help=f"of {', '.join(MODELS)}")] = "",
     rounds: Annotated[int, typer.Option(help="interleaved steps")] = 5,
+    processes: Annotated[
+        bool | None, typer.Option(help="one process per method; default: on a CPU")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="result file without suffix")] = None,
     cap_gib: Annotated[
         float, typer.Option(help="0, or: the longest sequence under so much GPU memory")
@@ -448,29 +367,26 @@ def main(
     """Measure one training step per model and method, or the longest sequence that fits."""
     where = torch.device(device)
     names = models or ("llama-3.2-1b,qwen3-8b" if device == "cuda" else "tiny-llama-32k")
-    stem = environment.default_stem(where)
-    stem = out or stem.with_name(f"{stem.name}-{'longest' if cap_gib else 'steps'}")
-    environment.record(stem.with_name(stem.name + ".json"), where)
-    rows: list[dict[str, Any]] = []
-    console = Console(stderr=True)
-    for setup in setups(device, names.split(",")):
-        with console.status(setup.model) as status:
+    stem = out or default_stem(where, "longest" if cap_gib else "steps")
+    table = beside(stem, ".csv")
+    done = {row["model"] for row in read_rows(table)}
+    todo = setups(device, [name for name in names.split(",") if name not in done])
+    if todo:
+        begin(stem, where)
+    with Console(stderr=True).status("") as status:
+        for setup in todo:
 
-            def tick(text: str, name: str = setup.model, status: Any = status) -> None:
+            def tick(text: str, name: str = setup.model) -> None:
                 status.update(f"{name}: {text}")
 
             if cap_gib:
                 one = replace(setup, pairs=1, checkpoint=True)
-                rows += longest_under(one, cap_gib, unit, most, tick)
+                rows = longest_under(one, cap_gib, unit, most, tick)
             else:
-                rows += measure(setup, rounds, tick)
-        # After each model, so that a call that is cut off leaves its rows.
-        with stem.with_name(stem.name + ".csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
-        stem.with_name(stem.name + ".md").write_text(markdown(rows))
-    print(markdown(rows) + str(stem.with_name(stem.name + ".csv")))
+                rows = steps(setup, rounds, tick, processes)
+            append_rows(table, rows, FIELDS)  # a call that is cut off leaves its models
+            beside(stem, ".md").write_text(steps_table(read_rows(table)))
+    print(f"{steps_table(read_rows(table))}{table}")
 
 
 if __name__ == "__main__":

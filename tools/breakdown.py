@@ -1,9 +1,9 @@
-"""Where the time of one peer goes, kernel by kernel: `python -m benchmarks.breakdown CASE PEER`.
+"""Where the time of one peer goes, kernel by kernel: `python -m tools.breakdown CASE PEER`.
 
 torch's profiler over a few runs of one case; the same command is what to wrap in a hardware profiler:
 
     ncu --clock-control none --set full -k regex:logps_forward -c 4 -o out \\
-        python -m benchmarks.breakdown llama-3-8b@8192-bfloat16-frozen dilkern-triton --runs 1 --plain
+        python -m tools.breakdown llama-3-8b@8192-bfloat16-frozen dilkern-triton --runs 1 --plain
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 import typer
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import environment
 from benchmarks.cases import make_inputs
+from benchmarks.environment import begin, beside, default_stem
 from benchmarks.measure import execute
 from benchmarks.peers import PEERS
 from benchmarks.run import select_cases
@@ -48,12 +48,11 @@ def main(
     key = "self_device_time_total" if kind == "cuda" else "self_cpu_time_total"
     text = found.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70)
     text = f"{case}, {peer}, {runs} runs\n{text}\n"
-    stem = environment.default_stem(torch.device(kind))
-    stem = out or stem.with_name(f"{stem.name}-breakdown")
-    environment.record(stem.with_name(stem.name + ".json"), torch.device(kind))
-    with stem.with_name(stem.name + ".txt").open("a") as file:
+    stem = out or default_stem(torch.device(kind), "breakdown")
+    begin(stem, torch.device(kind))
+    with beside(stem, ".txt").open("a") as file:
         file.write(text)
-    print(text + str(stem.with_name(stem.name + ".txt")))
+    print(f"{text}{beside(stem, '.txt')}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,493 @@
+"""Tables, pictures and goals from result files: `python -m benchmarks.report draw FILE.csv`.
+
+Everything is drawn from the files; refused, unsupported and out-of-memory rows stay in the tables with
+their reason, and rows in which dilkern loses stay too. `draw --readme FILE` puts the table between the
+markers `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->` of FILE. `goals FILE.csv` says of each
+of the project's goals: met, missed, or not measured; nothing is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from benchmarks.environment import markdown, read_rows
+
+app = typer.Typer(add_completion=False, help="Tables, pictures and goals from result files.")
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+MIB = 2**20
+Row = dict[str, str]
+
+
+def number(row: Row, name: str) -> float | None:
+    text = row.get(name) or ""
+    return float(text) if text else None
+
+
+def measured(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row["status"] == "ok"]
+
+
+def groups(rows: Iterable[Row], column: str = "case") -> dict[str, list[Row]]:
+    """Rows by case, in the order of the file."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row[column], []).append(row)
+    return found
+
+
+def is_dense(row: Row) -> bool:
+    return row.get("kind", "dense") == "dense"  # the oldest files have no such column
+
+
+# Tables
+
+
+def title(row: Row) -> str:
+    cap = f", softcap {float(row['softcap']):g}" if float(row["softcap"] or 0) else ""
+    kind = {"nf4": ", NF4 head", "lora": ", LoRA head"}.get(row.get("kind", ""), "")
+    scaled = f" (V and D / {row['scaled']})" if row["scaled"] not in ("", "1") else ""
+    space = float(row["workspace_mib"])
+    return (
+        f"{row['head']}{scaled}: T={row['tokens']} V={row['vocab']} D={row['hidden']} {row['dtype']}, "
+        f"{row['mode']}{kind}{cap}{'' if space == 256 else f', workspace {space:g} MiB'}"
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One Markdown table per case, fastest first, rows without figures last with their reason."""
+    parts = []
+    for mine in groups(rows).values():
+        first = mine[0]
+        parts.append(f"**{title(first)}**\n")
+        if first.get("mean_entropy"):
+            parts.append(
+                f"Bare GEMM (2TVD) {number(first, 'gemm_ms'):.4g} ms; labels: mean p "
+                f"{number(first, 'mean_p_label'):.2f}, mean entropy "
+                f"{number(first, 'mean_entropy'):.2f} nats.\n"
+            )
+        lines = [_line(r) for r in sorted(measured(mine), key=lambda r: float(r["total_ms"]))]
+        without: dict[str, list[str]] = {}
+        for row in mine:
+            if row["status"] != "ok":
+                without.setdefault(f"{row['status']}: {row['reason']}", []).append(row["peer"])
+        lines += [[", ".join(names), reason] for reason, names in without.items()]
+        header = (
+            "|forward ms|forward + backward ms|p20 .. p80|min|x GEMM|peak above inputs, MiB|"
+            "log-prob error rms (max), nats|gradient error rms"
+        )
+        parts.append(markdown(header, lines))
+    return "\n".join(parts)
+
+
+def _line(row: Row) -> list[str]:
+    names = ("forward_ms", "total_ms", "total_ms_p20", "total_ms_p80", "total_ms_min")
+    forward, total, p20, p80, least = (f"{number(row, name):.4g}" for name in names)
+    names = ("logp_err_rms", "logp_err_max", "loss_err", "grad_err_rms")
+    rms, most, loss, grad = (f"{float(row[n]):.1e}" if row.get(n) else "" for n in names)
+    other = "" if row["output"] == "token_logps" else f" ({row['output'].replace('_', ' ')})"
+    return [
+        row["peer"] + other,
+        *(forward, total, f"{p20} .. {p80}", least),
+        f"{number(row, 'gemm_multiple'):.2f}",
+        f"{number(row, 'peak_mib'):.0f}",
+        f"{rms} ({most})" if rms else f"loss {loss}",
+        grad,
+    ]
+
+
+def steps_table(rows: Iterable[Row]) -> str:
+    """Training steps, or the longest sequences that fit."""
+
+    lines = []
+    for row in rows:
+        if row["status"] != "ok":
+            cells = [f"{row['status']}: {row['reason']}"]
+        elif row.get("cap_gib"):
+            cap = float(row["cap_gib"])
+            cells = [f"longest sequence under {cap:g} GiB: {row['length']}"]
+        else:
+            rate, ms, least, peak, error = (
+                float(row[name])
+                for name in ("tokens_per_s", "step_ms", "step_ms_min", "peak_mib", "grad_err")
+            )
+            cells = [f"{rate:.0f}", f"{ms:.0f} ({least:.0f})", f"{peak:.0f}", f"{error:.1e}"]
+        lines.append([row["model"], row["method"], *cells])
+    header = (
+        "model|log-probs by|tokens/s (median)|step ms (min)|peak above model, MiB|"
+        "relative error of the adapter gradient"
+    )
+    return markdown(header, lines)
+
+
+class Fit(NamedTuple):
+    axis: str
+    peer: str
+    rows: list[Row]
+    time: float  # exponent, of the minima
+    memory: float
+
+
+def exponent(x: Iterable[float], y: Iterable[float]) -> float:
+    """The slope of log y over log x by least squares; NaN if a value is not positive."""
+    import numpy as np
+
+    points = np.asarray([list(x), list(y)], dtype=float)
+    return float(np.polyfit(*np.log(points), 1)[0]) if (points > 0).all() else math.nan
+
+
+def fits(rows: Iterable[Row]) -> list[Fit]:
+    """Time should follow the GEMM (exponent 1 in T, V, D and 0 in the workspace), peak memory be flat
+    in V and grow with nothing but the results (T D) and the workspace in use.
+    """
+    found = []
+    for axis in ("tokens", "vocab", "hidden", "workspace_mib"):
+        along = measured(row for row in rows if row["head"].startswith(f"scaling-{axis}-"))
+        for peer, line in groups(along, "peer").items():
+            if len(line) > 1:
+                x = [float(row[axis]) for row in line]
+                time = exponent(x, (float(row["total_ms_min"]) for row in line))
+                memory = exponent(x, (float(row["peak_mib"]) for row in line))
+                found.append(Fit(axis, peer, line, time, memory))
+    return found
+
+
+def source_line(path: Path) -> str:
+    """Where the figures come from, from the JSON beside the file."""
+    about = path.with_suffix(".json")
+    found = json.loads(about.read_text()) if about.exists() else {}
+    calls = found.get("calls") or [found[name] for name in ("environment",) if name in found]
+    if not calls:
+        return f"From `{path.name}` (no environment file)."
+    first, versions = calls[0], calls[0]["versions"]
+    named = ", ".join(f"{n} {versions[n]}" for n in ("torch", "trl", "liger-kernel", "triton"))
+    where = first.get("gpu") or f"{first['cpu']}, {first['threads']} threads"
+    dirty = " with local changes" if any(call["dirty"] for call in calls) else ""
+    load = first["load_average"][0] if first["load_average"] else "unknown"
+    return (
+        f"From `{path.name}`: {where}; {named}; commit {first['commit']}{dirty}; "
+        f"{first['time'][:10]}; load average at the start {load}."
+    )
+
+
+def text_of(path: Path, rows: Sequence[Row]) -> str:
+    """The tables of one result file, whatever it measured."""
+    if "method" in rows[0]:
+        return steps_table(rows)
+    if found := fits(rows):
+        header = "axis|peer|exponent of time|exponent of peak memory|x GEMM, smallest .. largest"
+        lines = []
+        for fit in found:
+            first, *_, last = (f"{float(row['gemm_multiple_min']):.2f}" for row in fit.rows)
+            exponents = (f"{fit.time:.2f}", f"{fit.memory:.2f}")
+            lines.append([fit.axis, fit.peer, *exponents, f"{first} .. {last}"])
+        return markdown(header, lines)
+    return f"{source_line(path)}\n\n{table(rows)}"
+
+
+def insert(text: str, block: str) -> str:
+    """Put `block` between the markers of `text`.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the file needs one {BEGIN} and after it one {END}")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{block.strip()}\n{END}{rest.split(END)[1]}"
+
+
+# Goals: on a GPU bf16, T = 8192, forward and backward, as multiples of the bare GEMM (2TVD) of the same
+# rounds, and relations to rivals in the same group; on a CPU the claim of the README.
+
+OURS, OURS_CPU = "dilkern-triton", "dilkern-torch"
+WIDTHS = (4096, 2048, 1024)
+MULTIPLES = {  # by mode and D; the floor of "frozen" is 2
+    ("frozen", "frozen head, forward + backward"): (2.3, 2.5, 2.8),
+    ("score", "log-probs alone"): (1.15, 1.15, 1.15),
+    ("trainable", "trainable head"): (4.6, 4.6, 4.6),
+}
+RIVALS = ("trl", "liger-selective", "liger-dpo", "liger-flce", "liger-flce-mean", "cce-unfiltered")
+CLAIM = (("naive", "total_ms_min", 0.8), ("naive", "peak_mib", 0.1), ("trl", "total_ms_min", 0.8))
+
+
+class Verdict(NamedTuple):
+    goal: str
+    case: str
+    limit: str
+    found: str
+    met: bool | None  # None: not measured
+
+
+def memory_bound(row: Row) -> float:
+    """MiB: the workspace, and beside it u, the gradient and their product in fp32 (12 bytes per token
+    and D; the torch backend holds the rows and their fp32 copies too: 24), and the gradient of a dense
+    head.
+    """
+    cells = int(row["tokens"]) * int(row["hidden"])
+    bound = float(row["workspace_mib"]) * MIB
+    if row["mode"] != "score":
+        bound += (12 if row["peer"] == OURS else 24) * cells
+    if row["mode"] == "trainable" and is_dense(row):
+        bound += int(row["vocab"]) * int(row["hidden"]) * (4 if row["dtype"] == "float32" else 2)
+    return bound / MIB
+
+
+def _against(goal: str, row: Row, other: Row | None, column: str, share: float = 1.0) -> Verdict:
+    if other is None or other["status"] != "ok":
+        return Verdict(goal, row["case"], other["status"] if other else "no row", "", None)
+    limit, found = share * float(other[column]), float(row[column])
+    unit = "MiB" if "mib" in column else "ms"
+    return Verdict(goal, row["case"], f"{limit:.3g} {unit}", f"{found:.3g} {unit}", found <= limit)
+
+
+def judge(rows: Iterable[Row]) -> Iterator[Verdict]:
+    cases = {case: {r["peer"]: r for r in mine} for case, mine in groups(rows).items()}
+
+    def rows_of(peer: str, **wanted: object) -> list[Row]:
+        ours = measured(found[peer] for found in cases.values() if peer in found)
+        return [r for r in ours if all(r[name] == str(value) for name, value in wanted.items())]
+
+    for (mode, goal), limits in MULTIPLES.items():
+        for width, limit in zip(WIDTHS, limits):
+            size = {"tokens": 8192, "dtype": "bfloat16", "mode": mode, "hidden": width}
+            mine = [row for row in rows_of(OURS, **size) if is_dense(row)]
+            for row in mine:
+                found = float(row["gemm_multiple"])
+                yield Verdict(goal, row["case"], f"{limit} x GEMM", f"{found:.2f}", found <= limit)
+            if not mine:
+                yield Verdict(goal, f"D={width}", f"{limit} x GEMM", "", None)
+    for row in [*rows_of(OURS), *rows_of(OURS_CPU, head="packed")]:
+        peak, bound = float(row["peak_mib"]), memory_bound(row)
+        limit = f"{bound:.0f} MiB"
+        yield Verdict("memory within its bound", row["case"], limit, f"{peak:.0f}", peak <= bound)
+    for row in rows_of(OURS):
+        for rival in RIVALS:
+            other = cases[row["case"]].get(rival)
+            yield _against(f"not slower than {rival}", row, other, "total_ms")
+    goal, short = "T=512 not slower than naive", rows_of(OURS, tokens=512)
+    for row in short:
+        yield _against(goal, row, cases[row["case"]].get("naive"), "total_ms")
+    if not short:
+        yield Verdict(goal, "T=512", "", "", None)
+    claim = rows_of(OURS_CPU, case="claim@2048-float32-frozen")
+    for rival, column, share in CLAIM:
+        goal = (
+            f"on a CPU, {share:g} times {rival}'s {'memory' if 'mib' in column else 'time (min)'}"
+        )
+        if claim:
+            yield _against(goal, claim[0], cases[claim[0]["case"]].get(rival), column, share)
+        else:
+            yield Verdict(goal, "claim", "", "", None)
+
+
+def goals_table(verdicts: Sequence[Verdict]) -> str:
+    words = {False: "**missed**", True: "met", None: "not measured"}
+    count = {met: sum(v.met is met for v in verdicts) for met in words}
+    ranked = sorted(verdicts, key=lambda v: list(words).index(v.met))
+    lines = markdown("goal|case|at most|found|", [(*v[:4], words[v.met]) for v in ranked])
+    return f"{count[True]} met, {count[False]} missed, {count[None]} not measured.\n\n{lines}"
+
+
+# Pictures
+
+
+@contextmanager
+def canvas(path: Path, rows: int, columns: int, width: float, height: float, **more: Any) -> Any:
+    """Axes (rows, columns) of a figure that is written at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shape = {"figsize": (width, height), "squeeze": False, "constrained_layout": True}
+    figure, axes = plt.subplots(rows, columns, **shape, **more)
+    yield axes
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _colours(rows: Iterable[Row]) -> dict[str, Any]:
+    from matplotlib import colormaps
+
+    cycle = colormaps["tab20"].colors
+    return {name: cycle[i % len(cycle)] for i, name in enumerate(groups(rows, "peer"))}
+
+
+def _whiskers(rows: Iterable[Row]) -> list[list[float]]:
+    """Below and above the median, to p20 and p80."""
+    ms = [[float(row[f"total_ms{part}"]) for part in ("", "_p20", "_p80")] for row in rows]
+    return [[m - low for m, low, _ in ms], [high - m for m, _, high in ms]]
+
+
+def bars(rows: Sequence[Row], case: str, path: Path) -> None:
+    """Time with its spread, peak memory, and the multiple of the bare GEMM for one case."""
+    mine = sorted(measured(groups(rows)[case]), key=lambda row: -float(row["total_ms"]))
+    colours, names = _colours(rows), [row["peer"] for row in mine]
+    paint = [colours[name] for name in names]
+
+    def figures(column: str) -> list[float]:
+        return [float(row[column]) for row in mine]
+
+    with canvas(path, 1, 3, 14, 0.45 * len(mine) + 1.6, sharey=True) as ((time, memory, gemm),):
+        time.barh(names, figures("total_ms"), xerr=_whiskers(mine), color=paint, capsize=3)
+        time.set_xlabel("time, ms (median, p20 .. p80)")
+        memory.barh(names, figures("peak_mib"), color=paint)
+        memory.set_xlabel("peak memory above inputs, MiB")
+        gemm.barh(names, figures("gemm_multiple"), color=paint)
+        passes = {"frozen": 2, "trainable": 3, "score": 1, "step": 3}[mine[0]["mode"]]
+        if mine[0].get("kind") == "lora" and mine[0]["mode"] == "trainable":
+            passes = 2  # the products of A and B are small
+        gemm.axvline(passes, color="black", linestyle="--", label=f"{passes} GEMM passes")
+        gemm.set_xlabel("time / bare GEMM (2TVD)")
+        gemm.legend(fontsize=7)
+        time.figure.suptitle(title(mine[0]))
+
+
+Curve = tuple[str, str, str, list[Row]]  # panel, axis, label, rows
+
+
+def curves(rows: Sequence[Row], found: Sequence[Curve], path: Path) -> None:
+    """Time above and peak memory below, one panel per column, logarithmic."""
+    from matplotlib.ticker import NullFormatter
+
+    colours, panels = _colours(rows), list(dict.fromkeys(curve[0] for curve in found))
+    with canvas(path, 2, len(panels), 5 * len(panels), 8) as axes:
+        for (time, memory), panel in zip(axes.T, panels):
+            ticks: set[float] = set()
+            for _, axis, label, line in (curve for curve in found if curve[0] == panel):
+                line = sorted(line, key=lambda row: float(row[axis]))
+                x = [float(row[axis]) for row in line]
+                ticks |= set(x)
+                style = {"label": label, "color": colours[line[0]["peer"]], "marker": "o"}
+                middle = [float(row["total_ms"]) for row in line]
+                time.errorbar(x, middle, yerr=_whiskers(line), capsize=3, **style)
+                memory.plot(x, [float(row["peak_mib"]) for row in line], **style)
+            for place, unit in (
+                (time, "forward + backward, ms"),
+                (memory, "peak above inputs, MiB"),
+            ):
+                place.set(xlabel=axis, ylabel=unit, xscale="log", yscale="log")
+                place.grid(alpha=0.3, which="both")
+                # The measured values have names, and no others.
+                place.set_xticks(sorted(ticks), [f"{v:g}" for v in sorted(ticks)], rotation=30)
+                place.xaxis.set_minor_formatter(NullFormatter())
+            time.set_title(panel)
+            time.legend(fontsize=7)
+
+
+def over(rows: Iterable[Row], axis: str) -> list[Curve]:
+    """Frozen dense heads over "tokens" of one head or over "vocab" at one T and D, where a peer has
+    two points.
+    """
+    lines: dict[tuple[str, str], list[Row]] = {}
+    for row in measured(rows):
+        if row["mode"] == "frozen" and is_dense(row) and not float(row["softcap"] or 0):
+            head = row["head"] if row["scaled"] in ("", "1") else f"{row['head']} / {row['scaled']}"
+            fixed = head if axis == "tokens" else f"T={row['tokens']} D={row['hidden']}"
+            lines.setdefault((f"{fixed} {row['dtype']}", row["peer"]), []).append(row)
+    wide = {panel for (panel, _), line in lines.items() if len({row[axis] for row in line}) > 1}
+    return [(panel, axis, peer, line) for (panel, peer), line in lines.items() if panel in wide]
+
+
+def accuracy(rows: Sequence[Row], path: Path) -> None:
+    """Error of the gradient over error of the token log-probs, refused rows marked by a cross."""
+    colours, seen = _colours(rows), set()
+    with canvas(path, 1, 1, 7.5, 6) as ((axis,),):
+        for row in rows:
+            x, y, peer = number(row, "logp_err_rms"), number(row, "grad_err_rms"), row["peer"]
+            if not x or not y:
+                continue
+            marker = (
+                "x" if row["status"] == "refused" else "o" if row["dtype"] == "float32" else "s"
+            )
+            label = None if peer in seen else peer
+            axis.plot(x, y, marker, color=colours[peer], label=label, alpha=0.8)
+            seen.add(peer)
+        axis.set(xscale="log", yscale="log", title="circle fp32, square 16 bit, cross refused")
+        axis.set_xlabel("rms error of token log-probs against fp64, nats")
+        axis.set_ylabel("relative rms error of the hidden-state gradient")
+        axis.grid(alpha=0.3)
+        if seen:
+            axis.legend(fontsize=7)
+
+
+def draw_file(path: Path, folder: Path) -> list[Path]:
+    """Write the tables and every picture of one result file into `folder`; return the paths."""
+    rows = read_rows(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = [folder / f"{path.stem}.md"]
+    made[0].write_text(text_of(path, rows))
+
+    def picture(name: str) -> Path:
+        made.append(folder / f"{path.stem}{name}.png")
+        return made[-1]
+
+    if "method" in rows[0]:
+        return made
+    if found := fits(rows):
+        named = [
+            (f.axis, f.axis, f"{f.peer}: exponents {f.time:.2f}, {f.memory:.2f}", f.rows)
+            for f in found
+        ]
+        curves(rows, named, picture(""))
+        return made
+    for case, mine in groups(rows).items():
+        if measured(mine):
+            bars(rows, case, picture(f"-{case.replace('/', '_')}"))
+    for axis in ("tokens", "vocab"):
+        if lines := over(rows, axis):
+            curves(rows, lines, picture(f"-{axis}"))
+    accuracy(rows, picture("-accuracy"))
+    return made
+
+
+Results = Annotated[list[Path], typer.Argument(help="result files (.csv)")]
+
+
+@app.command()
+def draw(
+    results: Results,
+    out: Annotated[Path | None, typer.Option(help="folder; default: beside the file")] = None,
+    readme: Annotated[Path | None, typer.Option(help="Markdown file with the two markers")] = None,
+    cases: Annotated[str, typer.Option(help="for --readme: parts of case keys, by commas")] = "",
+) -> None:
+    """Draw result files and write their tables."""
+    blocks, wanted = [], [part for part in cases.split(",") if part]
+    for path in results:
+        for made in draw_file(path, out or path.parent):
+            print(made)
+        rows = read_rows(path)
+        if wanted:
+            rows = [row for row in rows if any(part in row["case"] for part in wanted)]
+        blocks.append(text_of(path, rows) if rows else "")
+    if readme is not None:
+        readme.write_text(insert(readme.read_text(), "\n".join(blocks)))
+        print(readme)
+
+
+@app.command()
+def goals(
+    results: Results,
+    out: Annotated[Path | None, typer.Option(help="Markdown file to write")] = None,
+    strict: Annotated[bool, typer.Option(help="exit status 1 if a goal is missed")] = False,
+) -> None:
+    """Judge the rows and print the table."""
+    verdicts = list(judge([row for path in results for row in read_rows(path)]))
+    text = goals_table(verdicts)
+    if out is not None:
+        out.write_text(text)
+    print(text)
+    sys.exit(strict and any(v.met is False for v in verdicts))
+
+
+if __name__ == "__main__":
+    app()
