@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import sys
 import time
 from pathlib import Path
@@ -16,14 +17,24 @@ from transformers.trainer_callback import ProgressCallback
 
 from dilkern.validation import reject
 
+# What transformers says of runs that are in order: TRL sets the model's special tokens by the
+# tokenizer's, and cuts what is too long after it has counted.
+_IN_ORDER = ("The tokenizer has new PAD/BOS/EOS tokens", "Token indices sequence length is longer")
 
-def show_bars(shown: bool) -> None:
-    """Show or hide the progress bars of the libraries."""
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_IN_ORDER)
+
+
+def calm_libraries(bars: bool) -> None:
+    """Show or hide the progress bars of the libraries, and keep back what is no news."""
     import datasets
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    for library in (datasets, logging):
-        (library.enable_progress_bar if shown else library.disable_progress_bar)()
+    for library in (datasets, transformers_logging):
+        (library.enable_progress_bar if bars else library.disable_progress_bar)()
+    for handler in logging.getLogger("transformers").handlers:
+        handler.addFilter(_is_news)
 
 
 class MetricsFile(TrainerCallback):  # type: ignore[misc]

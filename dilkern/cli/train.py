@@ -162,7 +162,7 @@ def run(words: list[str]) -> None:
     output_dir = Path(config.output_dir)
     bars = sys.stderr.isatty() and not config.disable_tqdm
     config.disable_tqdm = not bars
-    report.show_bars(bars)
+    report.calm_libraries(bars)
     keywords = _prepare(options)
     rows_given, length = len(keywords["train_dataset"]), config.max_length
     trainer = DILTrainer(**keywords, callbacks=[report.MetricsFile(output_dir / "metrics.jsonl")])

@@ -53,7 +53,7 @@ def _check_report_to(names: Any) -> None:
 def _has_bf16(use_cpu: bool) -> bool:
     """Return whether the device of a run has units for bf16."""
     if use_cpu or not torch.accelerator.is_available():
-        able = torch.cpu.get_capabilities()
+        able: Any = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
         return any(value for name, value in able.items() if "bf16" in name)
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
