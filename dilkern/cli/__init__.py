@@ -53,11 +53,10 @@ def main(words: list[str] | None = None) -> None:
             raise
         sys.exit(_failed(str(error)))
     except ImportError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRAS:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
             raise
-        sys.exit(
-            _failed(f"this command needs the package {error.name}: pip install 'dilkern[train]'")
-        )
+        sys.exit(_failed(f"this command needs {package}: pip install 'dilkern[train]'"))
     except KeyboardInterrupt:
         print("\ninterrupted; --resume goes on from the newest checkpoint", file=sys.stderr)
         sys.exit(130)

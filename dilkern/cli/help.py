@@ -23,8 +23,8 @@ Each has --help. dilkern --version prints the version.""",
 Usage: dilkern train --model MODEL --dataset DATA [options]
 
 Preference-tunes a causal LM; writes the model or adapter, metrics and a plot.
-Every flag and YAML file of `trl dpo` works here too, all 180 of them; dashes
-and underscores are the same, and --no-NAME turns a switch off.
+Flags and YAML files of `trl dpo` run as they are, or are refused by name;
+dashes and underscores are the same, and --no-NAME turns a switch off.
 
 What
   --model MODEL       folder or hub id

@@ -91,7 +91,7 @@ class ProgressTable(ProgressCallback):  # type: ignore[misc]
         if self.choose_steps:
             state.logging_steps = max(1, min(10, state.max_steps // 20))
         if state.is_world_process_zero:
-            print("\nper token: log-probs of chosen and rejected; margin: beta x log-ratio")
+            print("\nchosen, rejected: log-probs per token; margin: of beta x log-ratio")
             headings = "".join(f"{heading:>9}" for _, heading, _ in _SHOWN)
             print(f"{'step':>9}{headings}{'tokens/s':>9}{'MiB':>8}", flush=True)
             self.training_bar = tqdm(
@@ -141,7 +141,9 @@ def write_csv(history: list[dict[str, Any]], path: Path) -> None:
         writer.writerows(rows)
 
 
-def plot_dynamics(history: list[dict[str, Any]], path: Path, title: str = "") -> None:
+def plot_dynamics(
+    history: list[dict[str, Any]], path: Path, title: str = "", *, reference: bool = True
+) -> None:
     """Draw rewards of chosen and rejected, their margin, and the loss over the steps.
 
     Rewards are beta times the log-ratio to the reference, so 0 is where training starts: log-probs
@@ -151,6 +153,7 @@ def plot_dynamics(history: list[dict[str, Any]], path: Path, title: str = "") ->
         history: `trainer.state.log_history`.
         path: where the picture goes; the suffix chooses the format.
         title: heading.
+        reference: whether there is one; without it rewards are beta times log-probs.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -170,13 +173,14 @@ def plot_dynamics(history: list[dict[str, Any]], path: Path, title: str = "") ->
             if points:
                 steps, values = zip(*points)
                 panels[panel].plot(steps, values, style, label=f"{label}, {where}", color=colour)
-    for panel, text in zip(panels, ("beta x log-ratio to the reference", "margin", "loss")):
+    rewards = "beta x log-ratio to the reference" if reference else "beta x log-prob"
+    for panel, text in zip(panels, (rewards, "margin", "loss")):
         panel.set_xlabel("step")
         panel.set_ylabel(text)
         panel.grid(alpha=0.3)
         if panel.lines:
             panel.legend(fontsize=8)
-    for panel in panels[:2]:
+    for panel in panels[0 if reference else 1 : 2]:
         panel.axhline(0, color="gray", linewidth=1)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)

@@ -186,7 +186,8 @@ def run(words: list[str]) -> None:
     ]
     report.write_csv(history, output_dir / "metrics.csv")
     title = f"{config.loss_type}: {options.model.model_name_or_path}"
-    report.plot_dynamics(history, output_dir / "training_dynamics.png", title)
+    reference = LOSSES[config.loss_type].reference and not config.reference_free
+    report.plot_dynamics(history, output_dir / "training_dynamics.png", title, reference=reference)
     seconds = result.metrics["train_runtime"]
     summary = {
         "loss": config.loss_type,

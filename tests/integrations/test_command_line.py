@@ -559,6 +559,15 @@ def test_plan_counts_the_layers_of_gpt2(tmp_path):
     assert shape.widest == (3 + 1 + 4 + 1) * 32
 
 
+def test_a_missing_package_names_the_extra(monkeypatch, capsys):
+    for name in ("dilkern.cli.train", "dilkern.cli.options"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "trl.scripts.utils", None)
+    with pytest.raises(SystemExit):
+        main(["train", "--model", "m", "--dataset", "d"])
+    assert "needs trl: pip install 'dilkern[train]'" in capsys.readouterr().err
+
+
 def test_importing_dilkern_loads_no_trainer_library():
     code = (
         "import sys, dilkern, dilkern.cli; "

@@ -56,8 +56,10 @@ def test_train_by_ids(python, tmp_path):
     run(
         "-m", "dilkern", "train", "--model", "me/tiny", "--dataset", "me/pairs",
         "--output-dir", str(out), "--cpu", "--max-steps", "1", "--lora-r", "4",
+        "--eval_strategy", "steps", "--eval_steps", "1",
     )  # fmt: skip
     assert json.loads((out / "summary.json").read_text())["examples"] == 8
+    assert '"eval_loss"' in (out / "metrics.jsonl").read_text(), "the split test, as in TRL"
     assert any(line.startswith("GET /datasets/me/pairs/resolve") for line in asked)
     assert any(line.endswith("model.safetensors") for line in asked)
 
