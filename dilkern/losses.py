@@ -388,7 +388,9 @@ def merge_params(entry: Loss, given: Mapping[str, Any] | None) -> dict[str, floa
         reject(
             f"parameters of loss {entry.name!r} are: {known}",
             ", ".join(unknown),
-            "Remove them; beta, label_smoothing and the like are arguments of their own.",
+            f"Did you mean {near!r}?"
+            if (near := nearest(unknown[0], entry.params))
+            else "Remove them; beta, label_smoothing and the like are arguments of their own.",
         )
     for name, value in given.items():
         if not is_number(value):

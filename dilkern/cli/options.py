@@ -6,10 +6,13 @@ Every rule here is checked before a model or a dataset is loaded.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -105,7 +108,10 @@ class Parser(TrlParser):  # type: ignore[misc]
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
-        reject("`dilkern train` cannot read its options", message, "See dilkern train --help.")
+        value, *choices = re.findall("'([^']+)'", message) or [""]
+        near = nearest(value, choices)
+        remedy = f"Did you mean {near!r}?" if near else "See dilkern train --help."
+        reject("`dilkern train` cannot read its options", message, remedy)
 
     def help_all(self) -> str:
         """Return the help of every option."""
@@ -296,15 +302,23 @@ def _settle_evaluation(given: dict[str, Any]) -> None:
         given.setdefault("per_device_eval_batch_size", given["per_device_train_batch_size"])
 
 
-def _build(kind: Any, given: dict[str, Any]) -> Any:
-    """Build one of the dataclasses; what its own checks say is passed on."""
-    names = {field.name for field in dataclasses.fields(kind) if field.init}
+@contextlib.contextmanager
+def library_checks() -> Iterator[None]:
+    """Pass on what transformers and TRL say of options that do not fit, without a traceback."""
     try:
-        return kind(**{name: value for name, value in given.items() if name in names})
-    except (ValueError, TypeError, ImportError) as error:
+        yield
+    except (ValueError, ImportError) as error:
         if raised_by_check(error):
             raise
-        reject("the options must fit together", str(error).rstrip("."), "Correct them.")
+        text = " ".join(str(error).split()).rstrip(".")
+        reject("the options must fit together", text, "See dilkern train --help-all.")
+
+
+def _build(kind: Any, given: dict[str, Any]) -> Any:
+    """Build one of the dataclasses."""
+    names = {field.name for field in dataclasses.fields(kind) if field.init}
+    with library_checks():
+        return kind(**{name: value for name, value in given.items() if name in names})
 
 
 def read(words: list[str]) -> Options:
@@ -349,10 +363,11 @@ def read(words: list[str]) -> Options:
             "Drop one of them.",
         )
     given.setdefault("output_dir", "out")
+    init = given.get("model_init_kwargs") or "{}"
+    if not init.startswith("{"):
+        reject("--model-init-kwargs must be a JSON object", repr(init), "Write '{\"a\": 1}'.")
     config, model = _build(DILConfig, given), _build(ModelConfig, given)
     init = config.model_init_kwargs or {}
-    if not isinstance(init, dict):
-        reject("--model-init-kwargs must be a JSON object", repr(init), "Write '{\"a\": 1}'.")
     attention = {"attn_implementation": model.attn_implementation}
     config.model_init_kwargs = {"revision": model.model_revision, **attention, **init}
     check_attention(config.model_init_kwargs["attn_implementation"], config.device)

@@ -17,7 +17,7 @@ from trl.trainer.utils import get_peft_config, get_quantization_config
 from dilkern import __version__
 from dilkern.cli import report
 from dilkern.cli.model import lora_targets, model_config, on_meta_device, sequence_limit
-from dilkern.cli.options import Options, Parser, read
+from dilkern.cli.options import Options, Parser, library_checks, read
 from dilkern.integrations.data import check_against_tokenizer, read_preferences
 from dilkern.integrations.trl import DILTrainer
 from dilkern.losses import LOSSES
@@ -29,8 +29,15 @@ def _checkpoint(options: Options) -> str | None:
     output_dir = Path(options.config.output_dir)
     if options.script.resume:
         return str(report.latest_checkpoint(output_dir))
-    if options.config.resume_from_checkpoint is not None:
-        return str(options.config.resume_from_checkpoint)
+    named = options.config.resume_from_checkpoint
+    if named is not None:
+        if not Path(named).is_dir():
+            reject(
+                "--resume-from-checkpoint must be a folder checkpoint-*",
+                str(named),
+                "Check the path, or let --resume find the newest one in --output-dir.",
+            )
+        return str(named)
     if any(output_dir.glob("checkpoint-*")):
         reject(
             "the output directory must not hold checkpoints of another run",
@@ -136,12 +143,13 @@ def _announce(options: Options, trainer: Any) -> None:
         what = f"LoRA of rank {model.lora_r} on {names}, {trained:,} weights"
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     held_out = f", {len(trainer.eval_dataset)} held out" if trainer.eval_dataset is not None else ""
+    cut = f", up to {args.max_length} tokens" if args.max_length is not None else ""
     lines = {
         "model": f"{model.model_name_or_path} ({precision} on {args.device})",
         "trained": f"{what}, learning rate {args.learning_rate:g}, {args.lr_scheduler_type.value}",
         "loss": f"{loss.name}: {loss.formula}",
         "": loss.note,
-        "data": f"{len(trainer.train_dataset)} examples{held_out}, up to {args.max_length} tokens",
+        "data": f"{len(trainer.train_dataset)} examples{held_out}{cut}",
     }
     print(f"dilkern {__version__}")
     for name, text in lines.items():
@@ -165,7 +173,9 @@ def run(words: list[str]) -> None:
     report.calm_libraries(bars)
     keywords = _prepare(options)
     rows_given, length = len(keywords["train_dataset"]), config.max_length
-    trainer = DILTrainer(**keywords, callbacks=[report.MetricsFile(output_dir / "metrics.jsonl")])
+    metrics = report.MetricsFile(output_dir / "metrics.jsonl")
+    with library_checks():
+        trainer = DILTrainer(**keywords, callbacks=[metrics])
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(report.ProgressTable("logging_steps" not in options.given))
