@@ -8,6 +8,7 @@ setup(
         "dilkern.backends",
         "dilkern.lm_head",
         "dilkern.integrations",
+        "dilkern.cli",
         "dilkern.kernels",
     ],
     # `kernels/` is a top-level folder without __init__.py: a top-level *package* of that name would

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from dilkern import curves
 from dilkern.curves import Curve, Growth
-from dilkern.validation import is_number, reject
+from dilkern.validation import is_number, nearest, reject
 
 
 @dataclass(frozen=True)
@@ -365,7 +365,9 @@ def get_loss(loss: str | Loss, *, bregman_only: bool = False, argument: str = "l
                 repr(loss),
                 "Rival losses go through fused_preference_loss(loss=...)."
                 if loss in names
-                else "Choose one, or pass a dilkern.losses.Loss of your own.",
+                else f"Did you mean {near!r}?"
+                if (near := nearest(str(loss), known))
+                else "Choose one of these.",
             )
         entry = names[loss]
     if bregman_only and entry.bregman is None:
@@ -386,7 +388,9 @@ def merge_params(entry: Loss, given: Mapping[str, Any] | None) -> dict[str, floa
         reject(
             f"parameters of loss {entry.name!r} are: {known}",
             ", ".join(unknown),
-            "Remove them; beta, label_smoothing and the like are arguments of their own.",
+            f"Did you mean {near!r}?"
+            if (near := nearest(unknown[0], entry.params))
+            else "Remove them; beta, label_smoothing and the like are arguments of their own.",
         )
     for name, value in given.items():
         if not is_number(value):

@@ -5,7 +5,9 @@ S sequences, L positions, T tokens (flat), D hidden size, V vocabulary size.
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -19,6 +21,20 @@ INT_DTYPES = (torch.int64, torch.int32)
 def reject(rule: str, received: str, remedy: str) -> NoReturn:
     """Raise the ValueError that every check of dilkern raises."""
     raise ValueError(f"{rule}; received {received}. {remedy}")
+
+
+def raised_by_check(error: BaseException) -> bool:
+    """Return whether `error` comes from `reject`, so that its message is all a reader needs."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__") == __name__
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that somebody who wrote `name` probably meant."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return near[0] if near else None
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -123,9 +139,11 @@ def is_number(value: Any) -> bool:
     return number and abs(value) < math.inf
 
 
-def check_positive(name: str, value: Any) -> None:
+def check_positive(name: str, value: Any, example: float = 1.0) -> None:
+    """Refuse what is not a number > 0; `name` is an argument, or the flag of a command line."""
     if not is_number(value) or not value > 0:
-        reject(f"`{name}` must be a number > 0 and finite", repr(value), f"Pass e.g. {name}=1.0.")
+        remedy = f"{name} {example:g}" if name.startswith("-") else f"{name}={example:g}"
+        reject(f"`{name}` must be a number > 0 and finite", repr(value), f"Pass e.g. {remedy}.")
 
 
 def check_bool(name: str, value: Any) -> None:
@@ -145,5 +163,10 @@ def check_ignore_index(value: Any) -> None:
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
     if value not in choices:
-        known = ", ".join(sorted(map(str, choices)))
-        reject(f"`{name}` must be one of: {known}", repr(value), "Choose one of these.")
+        names = sorted(map(str, choices))
+        near = nearest(str(value), names)
+        reject(
+            f"`{name}` must be one of: {', '.join(names)}",
+            repr(value),
+            f"Did you mean {near!r}?" if near else "Choose one of these.",
+        )

@@ -186,8 +186,8 @@ def run_cli(*arguments: str) -> None:
     """Run the real command line, in a process of its own."""
     print("\n$ dilkern " + " ".join(arguments), flush=True)
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-W", "ignore", "-c", "from dilkern.cli import main; main()"]
-    subprocess.run([*command, *arguments], check=True, env={**os.environ, "PYTHONPATH": path})
+    command = [sys.executable, "-m", "dilkern", *arguments]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
 
 
 def measure(kind: str) -> None:

@@ -6,13 +6,12 @@ both) or unpaired (prompt, completion, label), each as text or as lists of messa
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dilkern.validation import is_number, reject
+from dilkern.validation import is_number, nearest, reject
 
 PAIRED = ("prompt", "chosen", "rejected")
 UNPAIRED = ("prompt", "completion", "label")
@@ -28,10 +27,16 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield f"{path}, line {number}", json.loads(line)
         except json.JSONDecodeError as error:
+            text = line.strip()
             reject(
                 f"{path}, line {number}: every line must be one JSON object",
-                f"{error.msg} at column {error.colno}",
-                "Correct or delete this line.",
+                f"{error.msg.removesuffix(' at')} at column {error.colno} of {len(text)}",
+                "The file is one JSON array: write its objects one per line, e.g. by "
+                f"`jq -c '.[]' {path.name} > lines.jsonl`."
+                if number == 1 and text.startswith("[")
+                else "The line breaks off: copy the file again, or delete the line."
+                if not text.endswith("}")
+                else "Correct or delete this line.",
             )
         except UnicodeDecodeError as error:
             reject(
@@ -41,13 +46,13 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
             )
 
 
-def _load_dataset(source: str, split: str) -> Any:
+def _load_dataset(source: str, split: str, name: str | None) -> Any:
     """Load a folder or a dataset of the hub, as `datasets` finds the files of a split in it."""
     import datasets
     from datasets.exceptions import DatasetsError
 
     try:
-        return datasets.load_dataset(source, split=split)
+        return datasets.load_dataset(source, name, split=split)
     except (DatasetsError, FileNotFoundError, ConnectionError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         reject(
@@ -58,7 +63,7 @@ def _load_dataset(source: str, split: str) -> Any:
         )
 
 
-def _rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
+def _rows(source: str, split: str, name: str | None) -> Iterator[tuple[str, Any]]:
     path = Path(source)
     if path.suffix in (".jsonl", ".json", ".ndjson") and path.is_file():
         yield from _jsonl_rows(path)
@@ -74,7 +79,7 @@ def _rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
             "Check the path.",
         )
     else:
-        table = _load_dataset(source, split)
+        table = _load_dataset(source, split, name)
     for number, row in enumerate(table, 1):
         yield f"{source}, row {number}", {k: v for k, v in row.items() if v is not None}
 
@@ -143,11 +148,11 @@ def _check_keys(where: str, keys: set[str]) -> bool:
     needed = UNPAIRED if unpaired else ("chosen", "rejected")
     missing = [key for key in needed if key not in keys]
     if missing:
-        near = difflib.get_close_matches(missing[0], sorted(keys - _KNOWN), 1)
+        near = nearest(missing[0], sorted(keys - _KNOWN))
         reject(
             f"{where}: key {missing[0]!r} is required",
             f"the keys {', '.join(sorted(keys)) or 'none'}",
-            f"Rename {near[0]!r} to {missing[0]!r}."
+            f"Rename {near!r} to {missing[0]!r}."
             if near
             else f"A paired row has {', '.join(PAIRED)}; an unpaired one {', '.join(UNPAIRED)}.",
         )
@@ -183,12 +188,13 @@ def _check_row(where: str, row: Any) -> tuple[str, bool]:
     return ("unpaired" if unpaired else "paired"), any(kinds.values())
 
 
-def read_preferences(source: str, *, split: str = "train") -> Any:
+def read_preferences(source: str, *, split: str = "train", name: str | None = None) -> Any:
     """Read and check a preference dataset.
 
     Args:
         source: a .jsonl or .parquet file, a folder of them, or a dataset id of the hub.
         split: split of a folder or of a hub dataset.
+        name: configuration of a hub dataset that has several.
 
     Returns:
         datasets.Dataset with the columns of TRL's formats; other columns are dropped.
@@ -201,7 +207,7 @@ def read_preferences(source: str, *, split: str = "train") -> Any:
     rows: list[dict[str, Any]] = []
     first: tuple[str, bool] | None = None
     start = ""
-    for where, row in _rows(source, split):
+    for where, row in _rows(source, split, name):
         kind = _check_row(where, row)
         if first is None:
             first, start = kind, where

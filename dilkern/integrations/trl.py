@@ -10,6 +10,7 @@ S sequences, P pairs, L positions.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import types
 from collections.abc import Iterator
@@ -162,6 +163,10 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             args = DILConfig(f"{name.rstrip('/').split('/')[-1]}-DIL")
         if not isinstance(args, DILConfig):
             reject("`args` must be a DILConfig", type(args).__name__, "Build a DILConfig.")
+        args = copy.copy(args)  # the caller's may serve another run
+        if args.learning_rate is None:
+            adapted = not isinstance(model, str) and is_peft_model(model)
+            args.learning_rate = 1e-4 if adapted or kwargs.get("peft_config") else 1e-6
         dataset = kwargs.get("train_dataset")
         if dataset is None:
             reject("`train_dataset` is required", "none", "Pass a preference dataset.")

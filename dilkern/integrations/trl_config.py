@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -49,6 +50,14 @@ def _check_report_to(names: Any) -> None:
             )
 
 
+def _has_bf16(use_cpu: bool) -> bool:
+    """Return whether the device of a run has units for bf16."""
+    if use_cpu or not torch.accelerator.is_available():
+        able: Any = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
+        return any(value for name, value in able.items() if "bf16" in name)
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 @dataclass
 class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
     """`DPOConfig` with the losses of dilkern.
@@ -61,6 +70,8 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
         padding_free: run the model on one row of all sequences without padding; results are the same.
         backend, workspace_mib: see `linear_logps`.
         quantize_lm_head: the lm_head too in 4 bits, for a model loaded in 4 bits; of a tied one a copy.
+        learning_rate: None for 1e-4 where an adapter trains and 1e-6 where all weights do.
+        bf16: None for what the hardware multiplies in; in software bf16 is slower than fp32.
         logging_nan_inf_filter: as in `TrainingArguments`, but off: a loss of NaN is logged as NaN,
             where transformers would log the mean of the steps before it, at first 0.
 
@@ -83,6 +94,9 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
         default=None, metadata={"help": "Parameters of the loss."}
     )
     reference_free: bool = field(default=False, metadata={"help": "Use no reference."})
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Default: 1e-4 with an adapter, 1e-6 without."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Log the mean so far in place of a loss of NaN."}
     )
@@ -109,6 +123,14 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
                 "Enter a loss of your own first: dilkern.losses.LOSSES[loss.name] = loss.",
             )
         entry = get_loss(loss_type, argument="loss_type")
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and _has_bf16(self.use_cpu)
+        if self.learning_rate is None and self.deepspeed:
+            reject(
+                "`learning_rate` must be given with DeepSpeed, which takes it from the configuration",
+                "none",
+                "Set it, e.g. learning_rate=1e-4 for an adapter, 1e-6 for full training.",
+            )
         super().__post_init__()
         self.loss_type = entry.name
         for name, neutral, remedy in _FOREIGN:

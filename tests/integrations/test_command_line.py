@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,11 +11,15 @@ import time
 
 import pytest
 import tiny_models as tiny
+import torch
 import transformers
 import yaml
-from typer.testing import CliRunner
 
-from dilkern.cli import app, main
+import dilkern
+from dilkern.cli import main
+from dilkern.cli.options import Parser, read
+from dilkern.cli.plan import run as plan
+from dilkern.cli.train import run
 
 ROWS = tiny.pairs(16)
 
@@ -31,6 +37,8 @@ def flags(folder, data, out, **options):
         "dataset": data,
         "output-dir": str(out),
         "cpu": True,
+        "precision": "fp32",
+        "batch-size": 4,
         "max-steps": 4,
         "logging-steps": 1,
         "lora-r": 4,
@@ -45,20 +53,18 @@ def flags(folder, data, out, **options):
 
 
 def train(*words):
-    result = CliRunner().invoke(app, ["train", *words], catch_exceptions=True)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+    """Run `dilkern train` in this process; what it refuses comes as a ValueError."""
+    run([str(word) for word in words])
 
 
 def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_train_writes_everything(folder, data, tmp_path):
+def test_train_writes_everything(folder, data, tmp_path, capsys):
     out = tmp_path / "out"
-    result = train(*flags(folder, data, out, **{"eval-split": 0.25, "eval-steps": 2}))
-    assert result.exit_code == 0, result.output
+    train(*flags(folder, data, out, **{"eval-split": 0.25, "eval-steps": 2}))
+    said = capsys.readouterr().out
     names = {path.name for path in out.iterdir()}
     assert names >= {
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md",
@@ -69,47 +75,166 @@ def test_train_writes_everything(folder, data, tmp_path):
     assert [e["step"] for e in log if "loss" in e] == [1, 2, 3, 4]
     assert [e["step"] for e in log if "eval_loss" in e] == [2, 4]
     assert log[0]["loss"] == -0.5
-    header = (out / "metrics.csv").read_text().splitlines()
-    assert len(header) == 5
-    assert "rewards/margins" in header[0]
+    table = (out / "metrics.csv").read_text().splitlines()
+    assert len(table) == 5
+    assert table[0].startswith("step,epoch,loss,learning_rate,grad_norm,rewards/chosen,")
     summary = json.loads((out / "summary.json").read_text())
     assert summary["steps"] == 4
     assert summary["examples"] == 12
     assert summary["tokens_per_second"] > 0
     assert summary["peak_memory_mib"] > 100
     for name in summary:
-        assert name in result.output
+        assert name in said
+    assert "LoRA of rank 4 on all-linear" in said and "learning rate 0.0001" in said
+    rows = [line.split() for line in said.splitlines()]
+    assert [row[0] for row in rows if len(row) == 8 and row[1][0] == "-"] == list("1234")
+    assert sum(row[:2] == ["held", "out"] for row in rows) == 2
+    assert "Warning" not in said and "{" not in said, "rows for people, not dicts"
 
 
 def test_flags_and_yaml_mean_the_same(folder, data, tmp_path):
     options = {"loss": "power", "beta": 0.5, "learning-rate": 0.001, "seed": 7}
     options["lora-target"] = "q_proj"
-    assert train(*flags(folder, data, tmp_path / "a", **options), "--loss-param", "lam=-0.5")
+    train(*flags(folder, data, tmp_path / "a", **options), "--loss-param", "lam=-0.5")
     config = tmp_path / "run.yaml"
     values = {
         "model": folder, "dataset": data, "output_dir": str(tmp_path / "b"), "cpu": True,
         "max-steps": 4, "logging-steps": 1, "lora_r": 4, "loss_param": {"lam": -0.5}, **options,
-        "beta": 9.0,
+        "beta": 9.0, "precision": "fp32", "batch_size": 4,
     }  # fmt: skip
     config.write_text(yaml.safe_dump(values))
-    assert train("--config", str(config), "--beta", "0.5").exit_code == 0
+    train("--config", str(config), "--beta", "0.5")
     have, want = metrics(tmp_path / "b"), metrics(tmp_path / "a")
     assert [e.get("loss") for e in have] == [e.get("loss") for e in want]
     log = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert log["target_modules"] == ["q_proj"], "one word for an option that takes several"
+
+
+def test_yaml_is_read_as_flags_are(tmp_path):
+    config = tmp_path / "run.yaml"
+
+    def settled(text):
+        config.write_text("model: m\ndataset: d\nuse_cpu: true\n" + text)
+        return read(["--config", str(config)])
+
+    assert settled("no-gradient-checkpointing: true").config.gradient_checkpointing is False
+    assert settled("no_gradient_checkpointing: false").config.gradient_checkpointing is True
+    assert settled("length-normalize: false").config.length_normalize is False
+    assert settled("max_log_ratio: null").config.max_log_ratio is None
+    assert settled("env:\n  DILKERN_TEST: 1").config.use_cpu
+    assert os.environ.pop("DILKERN_TEST") == "1"
     for text, message in (
-        ("modell: x", r"run.yaml: every key .* 'modell'. Rename it to 'model'"),
-        ("loer_r:", r"run.yaml: every key .* 'loer_r'. Rename it to 'lora_r'"),
+        ("modell: x", r"run.yaml: every option .* 'modell'. Rename it to 'model'"),
+        ("loer_r:", r"run.yaml: every option .* 'loer_r'. Rename it to 'lora_r'"),
         ("lora_r:", "'lora_r' must have a value"),
-        ("max_log_ratio: null", "'none' in quotes"),
+        ("lora_r: many", "invalid int value: 'many'"),
+        ("beta: [1, 2]", "'beta' takes one value"),
+        ("no-gradient-checkpointing: yes please", "must be true or false"),
         ("model: [x", "must be a YAML file"),
-        ("- model", "must map names"),
+        ("test_split_size: 0.1", "Use --eval-split"),
     ):
-        config.write_text(text)
         with pytest.raises(ValueError, match=message):
-            train("--config", str(config))
-    with pytest.raises(ValueError, match="which is none"):
-        train("--config", str(tmp_path / "none.yaml"))
+            settled(text)
+    config.write_text("- model")
+    with pytest.raises(ValueError, match="must map names"):
+        read(["--config", str(config)])
+    with pytest.raises(ValueError, match="No such file"):
+        read(["--config", str(tmp_path / "none.yaml")])
+
+
+def test_what_trl_documents_for_dpo_is_settled(tmp_path):
+    """The command lines in the docstring of trl/scripts/dpo.py, and its example YAML files."""
+    import trl.scripts.dpo
+
+    blocks = re.findall(
+        r"```bash\npython trl/scripts/dpo.py (.*?)```", trl.scripts.dpo.__doc__, re.S
+    )
+    full, lora = (shlex.split(block.replace("\\\n", " ")) for block in blocks)
+    cpu = ["--use_cpu", "--bf16", "False"]
+    script, config, model, _ = read(full + cpu)
+    assert (script.dataset_name, config.learning_rate) == ("trl-lib/ultrafeedback_binarized", 5e-7)
+    assert model.model_name_or_path == "Qwen/Qwen2-0.5B-Instruct"
+    assert (config.eval_strategy, config.eval_steps) == ("steps", 50)
+    assert config.remove_unused_columns is False
+    assert model.use_peft is False, "without --use_peft all weights are trained, as there"
+    model = read(lora + cpu).model
+    assert (model.use_peft, model.lora_r, model.lora_alpha) == (True, 32, 16)
+    file = tmp_path / "example_config.yaml"  # examples/cli_configs and docs/source/clis.md of TRL
+    file.write_text(
+        "model_name_or_path:\n  Qwen/Qwen2.5-0.5B\ndataset_name:\n  anthropic/hh-rlhf\n"
+        "report_to:\n  none\nlearning_rate:\n  0.0001\nlr_scheduler_type:\n  cosine\n"
+    )
+    script, config, model, _ = read(["--config", str(file), *cpu])
+    assert (script.dataset_name, config.learning_rate) == ("anthropic/hh-rlhf", 1e-4)
+    assert (config.lr_scheduler_type, config.report_to) == ("cosine", [])
+    for line, message in (
+        ("--num_processes 4", "accelerate launch"),
+        ("--accelerate_config zero2", "accelerate launch"),
+        ("--dataset_streaming", "no option 'dataset_streaming'"),
+        ("--loss_type exo_pair", "loss_type. must be one of.*'exo_pair'"),
+        ("--loss_type sigmoid bco_pair sft --loss_weights 0.8 0.2 1.0", "must be one loss"),
+        ("--f_divergence_type forward_kl", "fdpo_forward_kl"),
+        ("--use_liger_kernel", "use_liger_kernel"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(full + cpu + line.split())
+
+
+def test_every_option_of_trl_dpo_is_taken_or_refused_by_name():
+    from trl.scripts.dpo import make_parser
+
+    reader, refused = Parser(), set()
+    for action in make_parser()._actions:
+        for option in action.option_strings:
+            try:
+                reader.name(option[2:])
+            except ValueError as error:
+                assert "has no option" in str(error) or action.dest == "help", option
+                refused.add(action.dest)
+    assert refused == {
+        "help", "datasets", "streaming", "test_split_size", "dataset_streaming", "ignore_bias_buffers",
+    }  # fmt: skip
+
+
+def test_short_names_are_those_of_trl(tmp_path):
+    words = (
+        "--model m --dataset d --dataset-split s --loss dpo --lora-target q_proj --lora-target k_proj "
+        "--epochs 2 --batch-size 3 --gradient-accumulation 4 --lr-scheduler cosine --warmup 5 --cpu "
+        "--max-log-ratio none --no-length-normalize --precision fp32 --eval-split 0.5"
+    )
+    script, config, model, _ = read(words.split())
+    assert (script.dataset_name, script.dataset_train_split) == ("d", "s")
+    assert (config.loss_type, config.num_train_epochs, config.warmup_steps) == ("dpo", 2, 5)
+    assert (config.per_device_train_batch_size, config.per_device_eval_batch_size) == (3, 3)
+    assert (config.gradient_accumulation_steps, config.lr_scheduler_type) == (4, "cosine")
+    assert (config.max_log_ratio, config.length_normalize, config.bf16) == (None, False, False)
+    assert config.eval_strategy == "epoch"
+    assert model.use_peft and model.lora_target_modules == ["q_proj", "k_proj"]
+
+
+def test_learning_rate_is_that_of_what_trains(folder, tmp_path):
+    from peft import LoraConfig
+
+    from dilkern.integrations.trl import DILConfig, DILTrainer
+
+    args = DILConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    for peft_config, rate in ((LoraConfig(target_modules="all-linear"), 1e-4), (None, 1e-6)):
+        trainer = DILTrainer(
+            folder, args=args, train_dataset=tiny.dataset(4), peft_config=peft_config,
+            processing_class=tiny.tokenizer(),
+        )  # fmt: skip
+        assert trainer.args.learning_rate == rate
+        trainer.create_optimizer()
+        assert trainer.optimizer.param_groups[0]["lr"] == rate
+    assert args.learning_rate is None, "the configuration serves both"
+
+
+def test_bf16_is_the_default_where_the_hardware_has_it(tmp_path, monkeypatch):
+    from dilkern.integrations.trl import DILConfig
+
+    for able in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
+        assert DILConfig(str(tmp_path), use_cpu=True).bf16 is able
 
 
 VARIANTS = {
@@ -133,8 +258,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_options_work(folder, data, tmp_path, options):
-    result = train(*flags(folder, data, tmp_path / "out", **{"max-steps": 2, **options}))
-    assert result.exit_code == 0, result.output
+    train(*flags(folder, data, tmp_path / "out", **{"max-steps": 2, **options}))
     if "save-steps" in options:
         assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
 
@@ -150,9 +274,8 @@ def test_dropout_of_the_adapter_is_at_work(folder, data, tmp_path):
 
 @pytest.mark.parametrize("name", ["batch-size", "gradient-accumulation", "logging-steps"])
 def test_counts_must_be_positive(folder, data, tmp_path, name):
-    result = train(*flags(folder, data, tmp_path / "out", **{name: 0}))
-    assert result.exit_code == 2
-    assert name in result.output
+    with pytest.raises(ValueError, match=f"--{name}. must be a number > 0"):
+        train(*flags(folder, data, tmp_path / "out", **{name: 0}))
 
 
 def test_long_examples_are_counted(folder, tmp_path):
@@ -177,7 +300,7 @@ def test_second_model_eval_file_and_unpaired(folder, data, tmp_path):
     assert abs(metrics(tmp_path / "a")[0]["loss"] + 0.5) > 1e-4
     path = tmp_path / "unpaired.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in tiny.unpaired(12)))
-    assert train(*flags(folder, str(path), tmp_path / "b", loss="ukl")).exit_code == 0
+    train(*flags(folder, str(path), tmp_path / "b", loss="ukl"))
 
 
 FOUR_BIT = {
@@ -197,19 +320,30 @@ def test_four_bit(kind, data, tmp_path, monkeypatch):
     monkeypatch.setattr(LMHead, "head", lambda self: kinds.append(build(self)) or kinds[-1])
     wide = tiny.save(tmp_path / "wide", hidden_size=64, intermediate_size=128, head_dim=16)
     options = {"load-in-4bit": True, "max-steps": 2, "lora-target": "q_proj", **FOUR_BIT[kind]}
-    result = train(*flags(wide, data, tmp_path / "out", **options))
+    train(*flags(wide, data, tmp_path / "out", **options))
     assert {head.kind for head in kinds} == {kind}
-    assert result.exit_code == 0, result.output
     assert metrics(tmp_path / "out")[0]["loss"] == pytest.approx(-0.5, abs=1e-6)
 
 
 REFUSED = [
     ({"quantize-lm-head": True}, "goes with --load-in-4bit"),
-    ({"loss": "lsiff"}, "must be one of"),
+    ({"loss": "dop"}, "must be one of.*Did you mean 'dpo'"),
+    ({"modell": "x"}, "received '--modell'. Did you mean --model"),
+    ({"lora-target": "qproj"}, "modules of the model: .*v_proj; .*Did you mean 'q_proj'"),
+    ({"batch-size": "x"}, "invalid int value: 'x'"),
+    ({"lr-scheduler": "cosin"}, "invalid choice: 'cosin'.*Did you mean 'cosine'"),
+    ({"model-init-kwargs": "x"}, "must be a JSON object"),
+    ({"load_best_model_at_end": True}, "must fit together; .*save and eval strategy"),
+    ({"fsdp": "full_shard"}, "must fit together; .*fsdp only works in distributed"),
+    ({"loss": "power", "loss-param": "la=1"}, "parameters of loss 'power'.*Did you mean 'lam'"),
+    ({"output-dir": __file__}, "must be a folder that can be written.*File exists"),
+    ({"output-dir": "/proc/out"}, "must be a folder that can be written"),
     ({"loss-param": "lam"}, "NAME=NUMBER"),
     ({"loss-param": "lam=1"}, "parameters of loss 'lsif'"),
     ({"loss": "power", "loss-param": ["lam=1", "lam=2"]}, "each parameter once"),
-    ({"learning-rate": 0}, "learning-rate"),
+    ({"learning-rate": 0}, "learning-rate.*Pass e.g. --learning-rate 0.0001"),
+    ({"lora-r": 4, "use-peft": "false"}, "need an adapter"),
+    ({"eval-strategy": "steps"}, "needs held-out data"),
     ({"epochs": 0}, "epochs"),
     ({"eval-steps": 2}, "needs held-out data"),
     ({"lora-r": 0, "lora-dropout": 0.1}, "need an adapter"),
@@ -219,8 +353,9 @@ REFUSED = [
     ({"lora-r": -1}, "lora-r"),
     ({"load-in-4bit": True, "lora-r": 0}, "trains an adapter"),
     ({"eval-split": 2.0}, "fraction"),
-    ({"max-log-ratio": "ten"}, "number or 'none'"),
+    ({"max-log-ratio": "ten"}, "--max-log-ratio: invalid float value: 'ten'"),
     ({"resume": True}, "complete checkpoint"),
+    ({"resume-from-checkpoint": "True"}, "a folder checkpoint-.*--resume"),
     ({"dataset": "missing.jsonl"}, "does not exist"),
     ({"backend": "cuda"}, "backend"),
     ({"report-to": "nowhere"}, "report_to. must be none, all, or among .*'nowhere'"),
@@ -238,6 +373,20 @@ def test_refused_before_training(folder, data, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         train(*flags(folder, data, tmp_path / "out", **options))
     assert not list(tmp_path.glob("out/checkpoint-*"))
+
+
+def test_folders_that_hold_no_model_are_refused(data, tmp_path):
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text('{"hidden_size": 8}')
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model.Q4_K_M.gguf").touch()
+    for name, message in (
+        ("bare", "config.json needs the model_type"),
+        ("gguf", "a GGUF file: .*Take the original model"),
+        ("gguf/model.Q4_K_M.gguf", "a GGUF file: .*Take the original model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(*flags(str(tmp_path / name), data, tmp_path / "out"))
 
 
 def test_no_chat_template_is_refused_before_training(data, tmp_path):
@@ -294,9 +443,11 @@ def test_resume_passes_over_a_half_written_checkpoint(folder, data, tmp_path):
     state.write_text(state.read_text()[:50])
     weights = out / "checkpoint-4" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-20])
+    columns = (out / "metrics.csv").read_text().splitlines()[0]
     train(*flags(folder, data, out, **steps, resume=True))
     log = [e["loss"] for e in metrics(out) if "loss" in e]
     assert log == pytest.approx(whole, abs=1e-6)
+    assert (out / "metrics.csv").read_text().splitlines()[0] == columns
 
 
 def test_killed_and_resumed_equals_uninterrupted(folder, data, tmp_path):
@@ -321,15 +472,37 @@ def test_killed_and_resumed_equals_uninterrupted(folder, data, tmp_path):
     assert have == pytest.approx(want, abs=1e-6)
 
 
-def test_doctor():
-    result = CliRunner().invoke(app, ["doctor"])
-    assert result.exit_code == 0
+def test_doctor(capsys):
+    main(["doctor"])
+    said = capsys.readouterr().out
     for word in ("dilkern", "torch", "trl", "backend torch on cpu: can run", "backend triton"):
-        assert word in result.output
+        assert word in said
 
 
-def test_plan(folder, tmp_path):
-    from dilkern.integrations.plan import Setting, head_bytes, longest, read_shape, total_bytes
+def test_help_fits_and_names_options_that_exist(capsys):
+    reader = Parser()
+    for command in ("", "train", "plan", "doctor"):
+        main([*command.split(), "--help"])
+        said = capsys.readouterr().out
+        assert max(map(len, said.splitlines())) <= 80
+        if command == "train":
+            for option in {*re.findall(r"--([a-z][\w-]+)", said)} - {
+                "help-all",
+                "config",
+                "no-NAME",
+            }:
+                reader.name(option)
+    main(["train", "--help-all"])
+    assert "--optim_target_modules" in capsys.readouterr().out
+    main(["--version"])
+    assert capsys.readouterr().out == f"dilkern {dilkern.__version__}\n"
+    with pytest.raises(SystemExit):
+        main(["trian"])
+    assert "Did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_plan(folder, tmp_path, capsys):
+    from dilkern.cli.plan import Setting, head_bytes, longest, read_shape, state_bytes, total_bytes
 
     model = tiny.build()
     shape = read_shape(folder)
@@ -344,33 +517,43 @@ def test_plan(folder, tmp_path):
     assert head_bytes("naive", shape, setting) == 16 * 512 * shape.vocab_size
     assert head_bytes("dilkern", shape, setting) == 2**20 + 2 * 512 * 32
     for kind in ("naive", "trl", "dilkern"):
-        most = longest(kind, shape, setting, 64 * 2**20)
+        most = longest(kind, shape._replace(positions=None), setting, 64 * 2**20)
         at, beyond = (
             total_bytes(kind, shape, setting._replace(seq_len=n)) for n in (most, most + 1)
         )
         assert at <= 64 * 2**20 < beyond
+        assert longest(kind, shape, setting, 64 * 2**20) == 256, "the positions of the model"
+    nf4 = setting._replace(load_in_4bit=True, lora_r=8)
+    head = 32 * shape.vocab_size
+    tied = shape._replace(tied=True)
+    assert not shape.tied and read_shape(tiny.save(tmp_path / "tied", "qwen3")).tied
+    more = state_bytes(tied, nf4._replace(quantize_lm_head=True)) - state_bytes(tied, nf4)
+    assert more == pytest.approx(head * 4.127 / 8), "a copy beside the embedding"
+    more = state_bytes(shape, nf4._replace(quantize_lm_head=True)) - state_bytes(shape, nf4)
+    assert more == pytest.approx(head * (4.127 / 8 - 2))
     transformers.T5Config().save_pretrained(tmp_path / "t5")
     for words, message in (
+        ([], "needs --model"),
         (["--model", "none"], "--model must be a folder"),
         (["--model", folder, "--workspace-mib", "-1"], "workspace-mib"),
         (["--model", folder, "--reserve", "-1"], "reserve"),
+        (["--model", folder, "--seq-len", "512"], "256 positions"),
+        (["--model", folder, "--quantize-lm-head"], "goes with --load-in-4bit"),
+        (["--model", folder, "--seqlen", "8"], "unrecognized arguments: --seqlen"),
         (["--model", str(tmp_path / "t5")], "must be a causal LM.*T5Config"),
     ):
         with pytest.raises(ValueError, match=message):
-            CliRunner().invoke(app, ["plan", *words], catch_exceptions=False)
-    result = CliRunner().invoke(app, ["plan", "--model", folder, "--seq-len", "512"])
-    assert result.exit_code == 0, result.output
-    assert [line.split()[0] for line in result.output.splitlines()[2:]] == [
-        "naive",
-        "trl",
-        "dilkern",
-    ]
+            plan(words)
+    plan(["--model", str(tmp_path / "tied"), "--seq-len", "128", "--lora-r", "8"])
+    said = capsys.readouterr().out.splitlines()
+    assert "lm_head tied to the embedding" in said[0] and "LoRA of rank 8" in said[1]
+    assert [line.split()[0] for line in said[3:]] == ["naive", "trl", "dilkern"]
 
 
 def test_plan_counts_the_layers_of_gpt2(tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    from dilkern.integrations.plan import read_shape
+    from dilkern.cli.plan import read_shape
 
     config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64)
     config.save_pretrained(tmp_path)
@@ -380,6 +563,15 @@ def test_plan_counts_the_layers_of_gpt2(tmp_path):
     assert adapted.get_nb_trainable_parameters()[0] == 3 * shape.lora_per_rank
     assert shape.linear == 2 * 12 * 32 * 32
     assert shape.widest == (3 + 1 + 4 + 1) * 32
+
+
+def test_a_missing_package_names_the_extra(monkeypatch, capsys):
+    for name in ("dilkern.cli.train", "dilkern.cli.options"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "trl.scripts.utils", None)
+    with pytest.raises(SystemExit):
+        main(["train", "--model", "m", "--dataset", "d"])
+    assert "needs trl: pip install 'dilkern[train]'" in capsys.readouterr().err
 
 
 def test_importing_dilkern_loads_no_trainer_library():

@@ -11,13 +11,13 @@ import tiny_models as tiny
 
 ERRORS = """
 import json, sys
-from dilkern.integrations.options import model_limits
+from dilkern.cli.model import model_config
 from dilkern.integrations.data import read_preferences
 messages = []
 for call in (
     lambda: read_preferences("me/pairs", split="nope"),
     lambda: read_preferences("me/none"),
-    lambda: model_limits("me/none", None, False),
+    lambda: model_config("me/none"),
 ):
     try:
         call()
@@ -55,9 +55,11 @@ def test_train_by_ids(python, tmp_path):
     out = tmp_path / "out"
     run(
         "-m", "dilkern", "train", "--model", "me/tiny", "--dataset", "me/pairs",
-        "--output-dir", str(out), "--cpu", "--max-steps", "1",
+        "--output-dir", str(out), "--cpu", "--max-steps", "1", "--lora-r", "4",
+        "--eval_strategy", "steps", "--eval_steps", "1",
     )  # fmt: skip
     assert json.loads((out / "summary.json").read_text())["examples"] == 8
+    assert '"eval_loss"' in (out / "metrics.jsonl").read_text(), "the split test, as in TRL"
     assert any(line.startswith("GET /datasets/me/pairs/resolve") for line in asked)
     assert any(line.endswith("model.safetensors") for line in asked)
 

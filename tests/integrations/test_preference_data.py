@@ -72,7 +72,8 @@ def changed(**values):
 
 
 BAD = {
-    "corrupt": ('{"prompt": [', "every line must be one JSON object"),
+    "cut off": ('{"prompt": [', "every line must be one JSON object; received Expecting value"),
+    "cut off in a word": ('{"prompt": "a', "The line breaks off"),
     "not an object": ("[1, 2]", "must be a JSON object"),
     "missing": (changed(rejected=None), "'rejected' is required"),
     "misspelt": (changed(rejected=None, rejectd="x"), "Rename 'rejectd' to 'rejected'"),
@@ -129,6 +130,8 @@ def test_bad_files(tmp_path):
         read_preferences(write(tmp_path, ["\n"]))
     with pytest.raises(ValueError, match="is something else"):
         read_preferences(write(tmp_path, ["a"], "pairs.csv"))
+    with pytest.raises(ValueError, match=r"line 1: .*one JSON array: .*jq -c .*a.json"):
+        read_preferences(write(tmp_path, ["[", *dump(TEXT), "]"], "a.json"))
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
     with pytest.raises(ValueError, match="UTF-8"):
         read_preferences(str(tmp_path / "latin.jsonl"))

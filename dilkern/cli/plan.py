@@ -1,4 +1,4 @@
-"""Memory of a training run, predicted from a model's configuration alone.
+"""`dilkern plan`: memory of a training run, predicted from a model's configuration alone.
 
 An estimate for choosing settings, not a measurement: weights, adapter and optimizer are counted
 exactly, activations by the size of what the layers keep, loss heads by their largest buffers.
@@ -6,12 +6,14 @@ exactly, activations by the size of what the layers keep, loss heads by their la
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import argparse
+from typing import Any, NamedTuple, NoReturn
 
-from dilkern.integrations.options import model_config
+from dilkern.cli.model import model_config, on_meta_device
 from dilkern.validation import check_positive, reject
 
 HEADS = ("naive", "trl", "dilkern")
+_NF4 = 4.127 / 8  # bytes per weight with double quantisation
 # Tile of trl/kernels/chunked_logprob.py (1.16): tokens x words.
 _TRL_TILE = (4096, 32768)
 
@@ -26,6 +28,8 @@ class Shape(NamedTuple):
     hidden_size: int
     layers: int
     widest: int  # output features of one block's linear layers together
+    tied: bool  # whether the lm_head is the embedding
+    positions: int | None  # longest sequence of the model
 
 
 class Setting(NamedTuple):
@@ -36,6 +40,7 @@ class Setting(NamedTuple):
     lora_r: int
     load_in_4bit: bool
     workspace_mib: float
+    quantize_lm_head: bool = False
 
 
 def read_shape(model: str, *, trust_remote_code: bool = False) -> Shape:
@@ -47,21 +52,11 @@ def read_shape(model: str, *, trust_remote_code: bool = False) -> Shape:
     Raises:
         ValueError: no such model, or not a causal LM.
     """
-    import torch
     from torch import nn
-    from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
     config = model_config(model, trust_remote_code)
-    try:
-        with torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        reject(
-            "--model must be a causal LM that transformers can build",
-            f"{model}: {str(error).splitlines()[0].rstrip('.')}",
-            "Take another model, or add --trust-remote-code where its code comes with it.",
-        )
+    built = on_meta_device(config, model, trust_remote_code)
     text = config.get_text_config()
     # (out, in) of each linear layer; GPT-2's keep their weight the other way round.
     inner = [
@@ -77,6 +72,8 @@ def read_shape(model: str, *, trust_remote_code: bool = False) -> Shape:
         hidden_size=text.hidden_size,
         layers=text.num_hidden_layers,
         widest=sum(out for out, _ in inner) // text.num_hidden_layers,
+        tied=built.get_output_embeddings().weight is built.get_input_embeddings().weight,
+        positions=getattr(text, "max_position_embeddings", None),
     )
 
 
@@ -101,8 +98,11 @@ def state_bytes(shape: Shape, setting: Setting) -> float:
     """Return weights, reference, gradients and Adam's two moments."""
     if setting.lora_r:
         frozen = 2.0 * shape.parameters
-        if setting.load_in_4bit:  # NF4 with double quantisation: 4.127 bits per weight
-            frozen -= (2.0 - 4.127 / 8) * shape.linear
+        if setting.load_in_4bit:
+            frozen -= (2.0 - _NF4) * shape.linear
+        if setting.quantize_lm_head:  # of a tied head a copy: the embedding stays as it is
+            head = shape.vocab_size * shape.hidden_size
+            frozen += (_NF4 if shape.tied else _NF4 - 2.0) * head
         return frozen + 16.0 * setting.lora_r * shape.lora_per_rank
     return (16.0 + 2.0) * shape.parameters  # fp32 weights, gradients, moments; 16-bit reference
 
@@ -123,15 +123,16 @@ def total_bytes(kind: str, shape: Shape, setting: Setting) -> float:
     return state_bytes(shape, setting) + peak
 
 
-def longest(kind: str, shape: Shape, setting: Setting, available: float, limit: int = 2**20) -> int:
+def longest(kind: str, shape: Shape, setting: Setting, available: float) -> int:
     """Return the largest seq_len whose prediction is within `available` bytes, 0 if none is.
+
+    Never more than the positions of the model; 2^20 where it names none.
 
     Args:
         available: bytes.
-        limit: longest sequence considered.
     """
     check_positive("available", float(available))
-    low, high = 0, limit
+    low, high = 0, shape.positions or 2**20
     while low < high:
         middle = (low + high + 1) // 2
         fits = total_bytes(kind, shape, setting._replace(seq_len=middle)) <= available
@@ -155,3 +156,64 @@ def table(shape: Shape, setting: Setting, vram_gib: float, reserve_gib: float) -
             ]
         )
     return rows
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        reject("`dilkern plan` cannot read its options", message, "See dilkern plan --help.")
+
+
+def _setting(words: list[str]) -> argparse.Namespace:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for name, kind, default in (
+        ("model", str, None), ("seq_len", int, 2048), ("batch_size", int, 1), ("vram", float, 24.0),
+        ("reserve", float, 1.0), ("lora_r", int, None), ("workspace_mib", float, 256.0),
+    ):  # fmt: skip
+        names = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
+        parser.add_argument(*names, type=kind, default=default)
+    for name in ("load_in_4bit", "quantize_lm_head", "trust_remote_code"):
+        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", action="store_true")
+    asked = parser.parse_args(words)
+    if asked.model is None:
+        reject("`dilkern plan` needs --model", "none", "See dilkern plan --help.")
+    for name, example in (("seq_len", 2048), ("batch_size", 1), ("workspace_mib", 256)):
+        check_positive(f"--{name.replace('_', '-')}", getattr(asked, name), example)
+    if not asked.vram > asked.reserve >= 0:
+        reject(
+            "--vram must be more than --reserve, and that not negative",
+            f"{asked.vram} and {asked.reserve} GiB",
+            "Correct one of them.",
+        )
+    if asked.lora_r is None:
+        asked.lora_r = 16 if asked.load_in_4bit else 0
+    if asked.lora_r < 0:
+        reject("--lora-r must be >= 0", str(asked.lora_r), "0 trains all weights.")
+    if asked.load_in_4bit and asked.lora_r == 0:
+        reject("--load-in-4bit trains an adapter", "--lora-r 0", "Give a rank, e.g. --lora-r 16.")
+    if asked.quantize_lm_head and not asked.load_in_4bit:
+        reject("--quantize-lm-head goes with --load-in-4bit", "it alone", "Add --load-in-4bit.")
+    return asked
+
+
+def run(words: list[str]) -> None:
+    """Print the prediction for three loss heads."""
+    asked = _setting(words)
+    shape = read_shape(asked.model, trust_remote_code=asked.trust_remote_code)
+    setting = Setting(*(getattr(asked, name) for name in Setting._fields))
+    if shape.positions is not None and asked.seq_len > shape.positions:
+        reject(
+            f"--seq-len must be at most the {shape.positions} positions of the model",
+            str(asked.seq_len),
+            "Lower it, or take a model with a longer context.",
+        )
+    tied = ", lm_head tied to the embedding" if shape.tied else ""
+    positions = f", {shape.positions} positions" if shape.positions else ""
+    trained = f"LoRA of rank {asked.lora_r}" if asked.lora_r else "all weights trained"
+    print(
+        f"{shape.parameters / 1e9:.3g} B parameters, vocabulary {shape.vocab_size}{tied}{positions}\n"
+        f"{2 * asked.batch_size} sequences of {asked.seq_len} tokens, {trained}, {asked.vram:g} GiB. "
+        "Prediction, not measured:"
+    )
+    print(f"{'head':<9}{'head MiB':>10}{'total GiB':>11}{'fits':>6}{'longest sequence':>18}")
+    for name, head, total, fits, most in table(shape, setting, asked.vram, asked.reserve):
+        print(f"{name:<9}{head:>10.0f}{total:>11.2f}{fits:>6}{most:>18}")
