@@ -11,19 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-# ln 2 in two parts; the first has so few bits that its products with exponents are exact.
-LN2_HIGH = tl.constexpr(0.693138122558594)
-LN2_LOW = tl.constexpr(9.0580006145e-06)
-
-
-@triton.jit
-def _exp(x):
-    """e^x to 2 units: exp2(x log2 e) alone would lose |x| of them to the rounding of the product."""
-    n = tl.floor(x * LOG2E + 0.5)
-    rest = (x - n * LN2_HIGH) - n * LN2_LOW
-    return tl.exp2(rest * LOG2E) * tl.exp2(n)
+from dilkern.kernels.tile_math import LN2, exp, log1p
 
 
 @triton.jit
@@ -31,7 +19,7 @@ def lsif(f, chosen, limit, param):
     """l_1 = -e^f, l_-1 = e^{2f} / 2."""
     g = tl.minimum(f, limit)
     past = f - g
-    e = _exp(g)
+    e = exp(g)
     value = tl.where(chosen, -e * (1.0 + past), 0.5 * e * e * (1.0 + 2.0 * past))
     return value, tl.where(chosen, -e, e * e)
 
@@ -40,18 +28,15 @@ def lsif(f, chosen, limit, param):
 def ukl(f, chosen, limit, param):
     """l_1 = -f, l_-1 = e^f."""
     g = tl.minimum(f, limit)
-    e = _exp(g)
+    e = exp(g)
     return tl.where(chosen, -f, e * (1.0 + (f - g))), tl.where(chosen, -1.0, e)
 
 
 @triton.jit
 def _softplus(x):
     """log(1 + e^x) and the sigmoid of x."""
-    small = _exp(-tl.abs(x))
-    # log(1 + s) for s in (0, 1]: exact in the last place also where 1 + s rounds to 1.
-    one = 1.0 + small
-    log1p = tl.where(one == 1.0, small, tl.log2(one) * LN2 * (small / (one - 1.0)))
-    return tl.maximum(x, 0.0) + log1p, tl.where(x > 0, 1.0, small) / one
+    small = exp(-tl.abs(x))
+    return tl.maximum(x, 0.0) + log1p(small), tl.where(x > 0, 1.0, small) / (1.0 + small)
 
 
 @triton.jit
@@ -72,7 +57,7 @@ def nce(f, chosen, limit, param):
 @triton.jit
 def brier(f, chosen, limit, param):
     """l_1 = s(-f)^2, l_-1 = s(f)^2, s the sigmoid."""
-    small = _exp(-tl.abs(f))
+    small = exp(-tl.abs(f))
     large_side = 1.0 / (1.0 + small)
     small_side = small / (1.0 + small)
     hit = tl.where(f > 0, large_side, small_side)
@@ -92,7 +77,7 @@ def power(f, chosen, limit, param):
     # It grows upwards for k > 0 and downwards for k < 0: the limit acts there.
     g = tl.where(k > 0, tl.minimum(f, limit), tl.where(k < 0, tl.maximum(f, -limit), f))
     x = k * g
-    e = _exp(x)
+    e = exp(x)
     # expm1 to the last digits: the error of e - 1 cancels against that of log(e).
     log_e = tl.log2(e) * LN2
     expm1 = tl.where(e == 1.0, x, (e - 1.0) * tl.where(tl.abs(x) < 0.5, x / log_e, 1.0))

@@ -14,7 +14,8 @@ from dilkern.kernels.operands import dense, tile_operands
 from dilkern.kernels.tile_math import add_bias, product, store_softmax_tile
 
 
-@triton.jit(do_not_specialize=["n", "v", "start", "tiles", "store_p"])
+# Not `v`: a mask `offs_v < v` of unknown alignment costs every vector access.
+@triton.jit(do_not_specialize=["n", "start", "tiles", "store_p"])
 def _logps_forward_kernel(
     h,  # (n, d) pointer or descriptor
     w,  # (v, d) pointer or descriptor

@@ -30,9 +30,9 @@ def _nf4_dequant_kernel(
     n,
     d,
     start,
-    blocksize,
-    nested_blocksize,
     stride_out,
+    BLOCKSIZE: tl.constexpr,  # a constant: dividing 64-bit numbers at run time is slow
+    NESTED_BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
     PAIRS: tl.constexpr,  # d is even: a byte never crosses rows
     BLOCK_T: tl.constexpr,
@@ -52,10 +52,10 @@ def _nf4_dequant_kernel(
     flat = row[:, None] * d + offs[None, :]
     byte = tl.load(packed_ptr + flat // 2, mask=inside, other=0).to(tl.int32)
     # Both halves of a byte lie in one block: a blocksize is a power of two from 32 on.
-    block = flat // blocksize
+    block = flat // BLOCKSIZE
     if NESTED:
         index = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
-        outer = tl.load(nested_absmax_ptr + block // nested_blocksize, mask=inside, other=0.0)
+        outer = tl.load(nested_absmax_ptr + block // NESTED_BLOCKSIZE, mask=inside, other=0.0)
         inner = tl.load(nested_code_ptr + index, mask=inside, other=0.0)
         # Compiled without contraction to FMA: bit-equal to the decode in two rounded steps.
         absmax = inner * outer + tl.load(offset_ptr)
@@ -123,9 +123,9 @@ def nf4_dequant(
                 n,
                 d,
                 start,
-                weight.blocksize,
-                weight.nested_blocksize,
                 out.stride(0),
+                BLOCKSIZE=weight.blocksize,
+                NESTED_BLOCKSIZE=weight.nested_blocksize,
                 NESTED=weight.nested_code is not None,
                 PAIRS=d % 2 == 0,
                 BLOCK_T=config.block_t,

@@ -14,9 +14,28 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # log2 e in two parts; the first has 12 significant bits.
 LOG2E_HIGH = tl.constexpr(1.4423828125)
 LOG2E_LOW = tl.constexpr(0.0003122283889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# ln 2 in two parts; the first has so few bits that its products with exponents are exact.
+LN2_HIGH = tl.constexpr(0.693138122558594)
+LN2_LOW = tl.constexpr(9.0580006145e-06)
 # P is written relative to the row's running reference, and to its own tile's maximum only where that
 # lies more than this many powers of two higher: 2^11 stays in range for fp16.
 SLACK = tl.constexpr(11.0)
+
+
+@triton.jit
+def exp(x):
+    """e^x to 2 units: exp2(x log2 e) alone would lose |x| of them to the rounding of the product."""
+    n = tl.floor(x * LOG2E + 0.5)
+    rest = (x - n * LN2_HIGH) - n * LN2_LOW
+    return tl.exp2(rest * LOG2E) * tl.exp2(n)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0: exact in the last place also where 1 + x rounds to 1."""
+    one = 1.0 + x
+    return tl.where(one == 1.0, x, tl.log2(one) * LN2 * (x / (one - 1.0)))
 
 
 @triton.jit
@@ -39,6 +58,9 @@ def product(
 ):
     """(BLOCK_T, BLOCK_V) of H W^T in fp32; rows past n and words past v hold copies or zeros."""
     acc = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
+    # Without an edge around the loop: it would define `acc` outside the products, and Triton 3.6
+    # then waits for each of Hopper's (ptxas: C7515).
+    tl.assume(d > 0)
     if DESCRIPTORS:
         for k in tl.range(0, d, BLOCK_D):
             acc = tl.dot(h.load([row, k]), w.load([word, k]).T, acc, input_precision=PRECISION)
