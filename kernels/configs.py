@@ -79,6 +79,12 @@ _DECODE_ANY = Rows(4, 512, 4)
 _SEQUENCE = {"interpreter": Rows(1, 64, 1)}
 _SEQUENCE_ANY = Rows(1, 1024, 4)
 
+# Words of a block come in multiples of this where the library multiplies.
+WORDS = 512
+# Words of the first block, in which every row finds its first reference.
+_FIRST = {"interpreter": 64}
+_FIRST_ANY = 512
+
 # Largest hidden size at which P comes from our own product (`logps_forward`); above it the library
 # product and `chunk_softmax` take over. From the roofline of docs/kernels.md, not measured: the
 # library is ahead once its product is faster than ours by more than the traffic of fp32 logits.
@@ -133,6 +139,10 @@ def decode(device: torch.device) -> Rows:
 
 def sequence(device: torch.device) -> Rows:
     return _SEQUENCE.get(arch(device), _SEQUENCE_ANY)
+
+
+def first_words(device: torch.device) -> int:
+    return _FIRST.get(arch(device), _FIRST_ANY)
 
 
 def own_product(device: torch.device, dtype: torch.dtype, hidden_size: int) -> bool:

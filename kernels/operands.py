@@ -41,29 +41,26 @@ class Operands(NamedTuple):
     constants: dict[str, Any]
 
 
-def is_aligned(matrix: Tensor) -> bool:
-    """Whether rows are contiguous and start on 16 bytes, as TMA and cp.async need."""
-    per_16 = 16 // matrix.dtype.itemsize
-    unit = matrix.stride(1) == 1 or matrix.shape[1] == 1
-    return unit and matrix.stride(0) % per_16 == 0 and matrix.data_ptr() % 16 == 0
+def aligned(matrix: Tensor, config: configs.Tile) -> Tensor:
+    """Return `matrix` (r, D) itself if its rows are aligned, else a copy with zeros up to D'.
 
-
-def aligned(matrix: Tensor) -> Tensor:
-    """Return `matrix` (r, D) itself if its rows are aligned, else an aligned copy of it.
-
-    The copy's rows are padded, so that the next row starts on 16 bytes; its shape stays (r, D).
+    Descriptors (TMA) need rows that start on 16 bytes. Pointers need a D and a stride that 16
+    divides, in elements: only that does Triton see, and without it cp.async is lost.
     """
-    if is_aligned(matrix):
-        return matrix
-    per_16 = 16 // matrix.dtype.itemsize
     rows, width = matrix.shape
-    copy = matrix.new_empty(rows, -(-width // per_16) * per_16)[:, :width]
-    return copy.copy_(matrix)
+    unit = 16 // matrix.dtype.itemsize if config.descriptors else 16
+    whole = config.descriptors or width % unit == 0
+    placed = matrix.stride(1) == 1 and matrix.stride(0) % unit == 0 and matrix.data_ptr() % 16 == 0
+    if whole and placed:
+        return matrix
+    copy = matrix.new_zeros(rows, -(-width // unit) * unit)
+    copy[:, :width] = matrix
+    return copy
 
 
 def tile_operands(h: Tensor, weight: Tensor, config: configs.Tile) -> Operands:
     """Prepare (n, D) hidden rows and (v, D) words for `tile_math.product`."""
-    h, weight = aligned(h), aligned(weight)
+    h, weight = aligned(h, config), aligned(weight, config)
     d = h.shape[1]
     constants = {
         "BLOCK_T": config.block_t,

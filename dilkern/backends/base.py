@@ -7,7 +7,7 @@ knows nothing of losses. N scored tokens, V vocabulary, D hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import NamedTuple, Protocol, cast
 
@@ -37,7 +37,7 @@ class HeadView(Protocol):
 
 class Forward(NamedTuple):
     logps: Tensor  # (N,) log p(label), accumulation dtype
-    lse: Tensor  # (2, N) log-sum-exp of the logits, accumulation dtype: rounded, and what that lost
+    lse: Tensor  # (2, N) log-sum-exp, accumulation dtype, as peak + log of the sum of exp(z - peak)
     u: Tensor  # (N, D) d logp / d hidden, or (0, D) if not asked for
 
 
@@ -66,7 +66,7 @@ class Backend(Protocol):
         labels: Tensor,
         head: HeadView,
         logps: Tensor,  # (N,)
-        lse: Tensor,  # (2, N)
+        lse: Tensor,  # (2, N), as forward gave it
         grad_logps: Tensor,  # (N,)
         *,
         needed: Sequence[bool],
@@ -118,76 +118,136 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-class Normalized(NamedTuple):
-    """What the sums of one pass come to, per row."""
+def wide_products(tensor: Tensor) -> bool:
+    """Whether the library multiplies 16-bit matrices into fp32 here (CUDA); else we widen first.
 
-    logps: Tensor  # (n,) log p(label) (5)
-    share: Tensor  # (n,) exp(reference - log-sum-exp): the factor that makes exp(z - reference) p
-    lse: Tensor  # (2, n)
-
-
-def normalize(
-    z_y: Tensor,  # (n,) logits of the labels
-    total: Tensor,  # (n,) sum over wrong words of exp(z - reference)
-    reference: Tensor,  # (n,)
-    reference_low: Tensor | float = 0.0,  # digits that `reference` does not hold
-) -> Normalized:
-    """Turn the sums of a pass into log-probs, without overflow or cancellation (5).
-
-    The log-sum-exp comes in two parts, because exp(z - lse) in backward has the error of lse, and a
-    large lse rounded once is off by more than the logits are.
+    Not fp16 under `allow_fp16_accumulation`: torch then refuses fp32 results, and sums in fp16 are
+    not ours to give. The plans count what widening takes.
     """
-    lead = (z_y - reference) - reference_low
-    ahead = lead > 0
-    small = (-lead.abs()).exp()
-    over, rest = torch.log1p(total * small), torch.log(total + small)
-    share = torch.where(ahead, small / (1 + total * small), 1 / (total + small))
-    base = torch.where(ahead, z_y, reference)
-    added = torch.where(ahead, over, rest + reference_low)
-    lse = base + added
-    rounded = lse - base
-    lost = (base - (lse - rounded)) + (added - rounded)  # exact, whichever is larger (Knuth)
-    return Normalized(torch.where(ahead, -over, lead - rest), share, torch.stack((lse, lost)))
+    narrow = tensor.dtype is torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
+    return (
+        tensor.is_cuda and tensor.dtype.itemsize == 2 and torch.version.hip is None and not narrow
+    )
+
+
+def matmul(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
+    """a @ b with the result in `acc`, never rounded to 16 bits on the way."""
+    if wide_products(a):
+        return torch.mm(a, b, out_dtype=acc)
+    return torch.mm(a.to(acc), b.to(acc))
+
+
+def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in the dtype of `total`, the product never rounded to 16 bits on the way."""
+    if wide_products(b):
+        torch.addmm(total, a.to(b.dtype), b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def weight_block(head: HeadView, start: int, end: int, dtype: torch.dtype) -> Tensor:
+    """Return rows [start, end) of the weight, row-major.
+
+    A library sums in another order over a transposed operand, and the same weight shall give the
+    same bits however it lies. The copy is of one block, which the plans count.
+    """
+    return head.block(start, end, dtype).contiguous()
+
+
+def hands_out_views(head: HeadView, dtype: torch.dtype) -> bool:
+    """Whether `weight_block` is a part of the head's storage; else each one is decoded or copied."""
+    none = head.block(0, 0, dtype)
+    return none.untyped_storage().nbytes() > 0 and none.stride() == (none.shape[1], 1)
+
+
+def row_blocks(begin: int, end: int, size: int) -> Iterator[slice]:
+    """Cut [begin, end) into blocks of `size` rows."""
+    return (slice(a, min(a + size, end)) for a in range(begin, end, size))
+
+
+def states_of(hidden: Tensor, rows: Tensor, parts: list[slice]) -> Callable[[slice], Tensor]:
+    """Return how to get the hidden states of a part of `rows`: gathered once if one part holds all."""
+    if len(parts) == 1:
+        states = hidden.index_select(0, rows)
+        return lambda part: states
+    return lambda part: hidden.index_select(0, rows[part])
+
+
+class Bytes(NamedTuple):
+    """What a pass holds in its workspace."""
+
+    kept: int  # per row that is kept through all words: its state and its part of U
+    row: int  # per row in work
+    word: int  # per word in work
+    cell: int  # per row and word in work
 
 
 class Blocks(NamedTuple):
+    """How a pass is cut: the kept rows see every word once, in parts of `rows` rows."""
+
+    kept: int
     rows: int
     vocab: int
+    first: int = 0  # words of the first block, if it is another size
+
+    def words(self, vocab_size: int) -> Iterator[tuple[int, int]]:
+        """The bounds of the vocabulary blocks."""
+        start, end = 0, self.first or self.vocab
+        while start < vocab_size:
+            yield start, min(end, vocab_size)
+            start, end = end, end + self.vocab
+
+
+def _even(total: int, most: int, unit: int) -> int:
+    """Cut `total` into equal pieces of at most `most`, of whole units if that holds one."""
+    unit = unit if most >= unit else 1
+    pieces = max(1, math.ceil(total / (most // unit * unit)))
+    return max(1, math.ceil(math.ceil(total / pieces) / unit)) * unit
 
 
 def plan_blocks(
     num_tokens: int,
     vocab_size: int,
     hidden_size: int,
-    dtype: torch.dtype,
+    bytes_per: Bytes,
     workspace_bytes: int,
     *,
     max_rows: int,
-    max_vocab: int,
+    max_vocab: int = 1 << 30,
+    unit: int = 1,  # of words
+    decodes: bool = False,
 ) -> Blocks:
     """Choose how many tokens and words are in work at once within `workspace_bytes`.
 
-    The plan counts the worst case (16-bit inputs that must be widened, gradient wanted, softcap) and
-    depends on shapes alone, so that a policy with gradient and its reference without one are cut
-    alike and give the same bits.
+    The plan depends on shapes, dtype and head alone and counts what a pass with gradient holds, so
+    that a policy with gradient and its reference without one are cut alike and give the same bits.
+    Where the head decodes its words, as many rows as half the workspace takes are kept through one
+    pass over the vocabulary; other heads pass once per block of rows.
 
     Raises:
         ValueError: the workspace is too small for one token and one word.
     """
-    size = accumulation_dtype(dtype).itemsize
-    per_row = 4 * size * hidden_size  # hidden rows as given and widened, target rows of W, U
-    per_word = 3 * size * hidden_size  # a block of W as given, decoded and widened
-    per_cell = 3 * size  # logits, probabilities, mask
-    rows = max(1, min(num_tokens, max_rows, workspace_bytes // (3 * per_row)))
-    vocab = (workspace_bytes - rows * per_row) // (per_word + rows * per_cell)
+    per = bytes_per
+    # Whole sixteens of rows, so that what belongs to a block of them starts aligned.
+    rows = _even(
+        num_tokens, max(1, min(max_rows, workspace_bytes // (3 * (per.row + per.kept)))), 16
+    )
+    kept = rows
+    if decodes:
+        kept = max(rows, _even(num_tokens, max(1, workspace_bytes * 5 // (8 * per.kept)), 16))
+    while True:
+        free = workspace_bytes - kept * per.kept - rows * per.row
+        vocab = free // (per.word + rows * per.cell)
+        if vocab >= min(16, vocab_size) or rows == 1:
+            break
+        kept, rows = max(1, kept // 2), max(1, rows // 2)
     if vocab < 1:
-        least = (per_row + per_word + per_cell) / 2**20
         reject(
-            f"`workspace_mib` must be at least {least:.3g} for a hidden size of {hidden_size}",
+            f"`workspace_mib` must be at least {sum(per) / 2**20:.3g} for a hidden size of "
+            f"{hidden_size}",
             f"{workspace_bytes / 2**20:.3g}",
             "Raise workspace_mib (256 is the default).",
         )
-    rows = math.ceil(num_tokens / math.ceil(num_tokens / rows)) if num_tokens else 1
-    vocab = min(vocab, max_vocab)
-    vocab = math.ceil(vocab_size / math.ceil(vocab_size / vocab))
-    return Blocks(rows, vocab)
+    return Blocks(
+        kept, rows, _even(vocab_size, min(vocab, max_vocab), unit if vocab >= unit else 16)
+    )

@@ -5,7 +5,7 @@ Equation numbers refer to docs/math.md. N scored tokens, V vocabulary, D hidden 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,11 +13,17 @@ from torch import Tensor
 
 from dilkern.backends.base import (
     Blocks,
+    Bytes,
     Forward,
     HeadView,
     accumulation_dtype,
-    normalize,
+    add_matmul,
+    hands_out_views,
+    matmul,
     plan_blocks,
+    row_blocks,
+    states_of,
+    weight_block,
 )
 
 # A row's reference is moved when a logit passes it by more than this: exp stays in range in every
@@ -29,55 +35,35 @@ def why_not(device: torch.device, dtype: torch.dtype | None = None) -> str | Non
     return None
 
 
-def _plan(num_tokens: int, head: HeadView, hidden: Tensor, workspace_bytes: int) -> Blocks:
+def _plan(
+    num_tokens: int,
+    head: HeadView,
+    hidden: Tensor,
+    workspace_bytes: int,
+    *,
+    head_gradient: bool = False,
+) -> Blocks:
     # CPU: 1024 x 4096 fp32 logits (16 MiB) stay near the cache; larger blocks gained nothing
     # (docs/log.md). GPU: long products, bounded by the workspace alone.
     cap = (1024, 4096) if hidden.device.type == "cpu" else (4096, 1 << 30)
+    width, size = hidden.shape[1], accumulation_dtype(hidden.dtype).itemsize
+    bytes_per = Bytes(
+        # The state, and U where it is not summed up in the result.
+        kept=64 + (size * width if hidden.dtype is torch.bfloat16 else 0),
+        row=3 * size * width,  # hidden rows as given and widened, target rows of W
+        word=3 * size * width,  # a block of W as given, decoded and widened
+        cell=3 * size,  # logits, probabilities, mask
+    )
     return plan_blocks(
         num_tokens,
         head.vocab_size,
-        hidden.shape[1],
-        hidden.dtype,
+        width,
+        bytes_per,
         workspace_bytes,
         max_rows=cap[0],
         max_vocab=cap[1],
+        decodes=not head_gradient and not hands_out_views(head, hidden.dtype),
     )
-
-
-def _wide_products(tensor: Tensor) -> bool:
-    """Whether the library multiplies 16-bit matrices into fp32 here (CUDA); else we widen first.
-
-    Not fp16 under `allow_fp16_accumulation`: torch then refuses fp32 results, and sums in fp16 are
-    not ours to give. The plans count what widening takes.
-    """
-    narrow = tensor.dtype is torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
-    return (
-        tensor.is_cuda and tensor.dtype.itemsize == 2 and torch.version.hip is None and not narrow
-    )
-
-
-def _matmul(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
-    """a @ b with the result in `acc`, never rounded to 16 bits on the way."""
-    if _wide_products(a):
-        return torch.mm(a, b, out_dtype=acc)
-    return torch.mm(a.to(acc), b.to(acc))
-
-
-def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in the dtype of `total`, the product never rounded to 16 bits on the way."""
-    if _wide_products(b):
-        torch.addmm(total, a.to(b.dtype), b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
-
-
-def _weight_block(head: HeadView, start: int, end: int, dtype: torch.dtype) -> Tensor:
-    """Return rows [start, end) of the weight, row-major.
-
-    A library sums in another order over a transposed operand, and the same weight shall give the
-    same bits however it lies. The copy is of one block, which the plans count.
-    """
-    return head.block(start, end, dtype).contiguous()
 
 
 class Logits(NamedTuple):
@@ -105,7 +91,7 @@ def _block_logits(
     acc: torch.dtype,
     need_slope: bool,
 ) -> Logits:
-    raw = _matmul(h, weight.t(), acc)
+    raw = matmul(h, weight.t(), acc)
     bias = head.bias()
     if bias is not None:
         raw.add_(bias[start:end].to(acc))
@@ -131,8 +117,32 @@ def _replace_targets(block: Tensor, labels: Tensor, start: int, values: Tensor |
     block.scatter_(1, column, torch.where(inside, values, old).unsqueeze(1))
 
 
-def _row_blocks(num_tokens: int, size: int) -> Iterator[slice]:
-    return (slice(a, min(a + size, num_tokens)) for a in range(0, num_tokens, size))
+class Normalized(NamedTuple):
+    """What the sums of one pass come to, per row."""
+
+    logps: Tensor  # (n,) log p(label) (5)
+    share: Tensor  # (n,) the factor that makes exp(z - reference) p
+    miss: Tensor  # (n,) 1 - p(label)
+    lse: Tensor  # (2, n)
+
+
+def normalize(
+    z_y: Tensor,  # (n,) logits of the labels
+    total: Tensor,  # (n,) sum over wrong words of exp(z - reference)
+    reference: Tensor,  # (n,)
+) -> Normalized:
+    """Turn the sums of a pass into log-probs, without overflow or cancellation (5).
+
+    The log-sum-exp stays a pair, peak and log-sum: exp(z - lse) in backward has the error of lse, and
+    a large lse rounded once is off by more than the logits are.
+    """
+    lead = z_y - reference
+    ahead = lead > 0
+    small = (-lead.abs()).exp()
+    over, rest = torch.log1p(total * small), torch.log(total + small)
+    share = torch.where(ahead, small / (1 + total * small), 1 / (total + small))
+    lse = torch.stack((torch.where(ahead, z_y, reference), torch.where(ahead, over, rest)))
+    return Normalized(torch.where(ahead, -over, lead - rest), share, total * share, lse)
 
 
 def forward(
@@ -152,35 +162,44 @@ def forward(
     # fp16 cannot hold the small u of a confident token; its gradient is scaled later, by g.
     u_dtype = acc if hidden.dtype is torch.float16 else hidden.dtype
     u = hidden.new_empty(n_tokens if need_u else 0, width, dtype=u_dtype)
-    for part in _row_blocks(n_tokens, blocks.rows):
-        h, y = hidden.index_select(0, rows[part]), labels[part]
-        w_y = head.gather(y, hidden.dtype)
-        z_y, slope_y = _target_logits(h, w_y, y, head, acc)
-        reference = torch.full_like(z_y, -torch.inf)  # near the largest logit of a wrong word
-        total = torch.zeros_like(z_y)  # sum over wrong words of exp(z - reference)
-        mean_w = h.new_zeros(h.shape, dtype=acc) if need_u else None  # the same sum of p * w
-        for start in range(0, head.vocab_size, blocks.vocab):
-            end = min(start + blocks.vocab, head.vocab_size)
-            weight = _weight_block(head, start, end, hidden.dtype)
-            z, slope = _block_logits(h, weight, head, start, end, acc, need_u)
-            _replace_targets(z, y, start, -torch.inf)
-            top = z.amax(1).clamp_min_(torch.finfo(acc).min)
-            moved = torch.where(top > reference + REFERENCE_SLACK, top, reference)
-            decay, reference = (reference - moved).exp_(), moved
-            p = z.sub_(reference.unsqueeze(1)).exp_()
-            total = total.mul_(decay).add_(p.sum(1))
-            if mean_w is not None:
-                if slope is not None:
-                    p.mul_(slope)
-                _add_matmul(mean_w.mul_(decay.unsqueeze(1)), p, weight)
-            del z, p, slope, weight
-        logps[part], share, lse[:, part] = normalize(z_y, total, reference)
-        if mean_w is not None:
-            miss = -torch.expm1(logps[part])
-            if slope_y is not None:
-                miss = miss * slope_y
-            mean_w.mul_(-share.unsqueeze(1)).addcmul_(w_y.to(acc), miss.unsqueeze(1))
-            u[part] = mean_w.mul_(head.scale)
+    for kept in row_blocks(0, n_tokens, blocks.kept):
+        y = labels[kept]
+        reference = u.new_full(y.shape, -torch.inf, dtype=acc)  # near the largest wrong logit
+        total = torch.zeros_like(reference)  # sum over wrong words of exp(z - reference)
+        # The same sum of p * w.
+        mean_w = u[kept].zero_() if u.dtype is acc else torch.zeros_like(u[kept], dtype=acc)
+        parts = list(row_blocks(0, y.numel(), blocks.rows))
+        states = states_of(hidden, rows[kept], parts)
+        for start, end in blocks.words(head.vocab_size):
+            weight = weight_block(head, start, end, hidden.dtype)
+            for part in parts:
+                z, slope = _block_logits(states(part), weight, head, start, end, acc, need_u)
+                _replace_targets(z, y[part], start, -torch.inf)
+                top = z.amax(1).clamp_min_(torch.finfo(acc).min)
+                old = reference[part]
+                moved = torch.where(top > old + REFERENCE_SLACK, top, old)
+                decay = (old - moved).exp_()
+                old.copy_(moved)
+                p = z.sub_(moved.unsqueeze(1)).exp_()
+                total[part].mul_(decay).add_(p.sum(1))
+                if need_u:
+                    if slope is not None:
+                        p.mul_(slope)
+                    add_matmul(mean_w[part].mul_(decay.unsqueeze(1)), p, weight)
+                del z, p, slope
+            del weight
+        for part in parts:
+            w_y = head.gather(y[part], hidden.dtype)
+            z_y, slope_y = _target_logits(states(part), w_y, y[part], head, acc)
+            logps[kept][part], share, miss, lse[:, kept][:, part] = normalize(
+                z_y, total[part], reference[part]
+            )
+            if need_u:
+                if slope_y is not None:
+                    miss = miss * slope_y
+                sums = mean_w[part].mul_(-share.unsqueeze(1))
+                sums.addcmul_(w_y.to(acc), miss.unsqueeze(1))
+                u[kept][part] = sums.mul_(head.scale)
     return Forward(logps, lse, u)
 
 
@@ -199,19 +218,18 @@ def head_backward(
     """Recompute the logits block by block and hand each block's gradient to the head (8)."""
     acc = accumulation_dtype(hidden.dtype)
     n_tokens = rows.numel()
-    blocks = _plan(n_tokens, head, hidden, workspace_bytes)
+    blocks = _plan(n_tokens, head, hidden, workspace_bytes, head_gradient=True)
     gradients, columns = head.new_gradients(needed), head.gradient_columns(needed)
     bias = head.bias()
     # exp(z - lse) is exp(z - lse[0]) but for this factor, which g takes in.
     correction = torch.exp(-lse[1])
     miss = -torch.expm1(logps) / correction
     g = grad_logps * head.scale * correction
-    for start in range(0, head.vocab_size, blocks.vocab):
-        end = min(start + blocks.vocab, head.vocab_size)
-        weight = _weight_block(head, start, end, hidden.dtype)
+    for start, end in blocks.words(head.vocab_size):
+        weight = weight_block(head, start, end, hidden.dtype)
         d_weight = torch.zeros_like(weight[:, columns], dtype=acc)
         d_bias = weight.new_zeros(end - start, dtype=acc)
-        for part in _row_blocks(n_tokens, blocks.rows):
+        for part in row_blocks(0, n_tokens, blocks.rows):
             h, y = hidden.index_select(0, rows[part]), labels[part]
             z, slope = _block_logits(h, weight, head, start, end, acc, True)
             dz = z.sub_(lse[0, part].unsqueeze(1)).exp_().neg_()
@@ -222,7 +240,7 @@ def head_backward(
             if bias is not None:
                 d_bias += dz.sum(0)
             if d_weight.shape[1]:
-                _add_matmul(d_weight, dz.t(), h[:, columns])
+                add_matmul(d_weight, dz.t(), h[:, columns])
             del z, dz, slope
         head.add_block_gradient(gradients, start, end, d_weight, d_bias)
     return gradients

@@ -8,34 +8,35 @@ n tokens in work, N scored tokens, v words in work, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from dilkern.backends.base import Blocks, Forward, HeadView, normalize, plan_blocks
-from dilkern.backends.torch import (
-    _add_matmul,
-    _matmul,
-    _row_blocks,
-    _weight_block,
-    _wide_products,
+from dilkern.backends.base import (
+    Blocks,
+    Bytes,
+    Forward,
+    HeadView,
+    add_matmul,
+    hands_out_views,
+    matmul,
+    plan_blocks,
+    row_blocks,
+    states_of,
+    weight_block,
+    wide_products,
 )
 from dilkern.kernels import configs
 from dilkern.kernels.chunk_dz import chunk_dz
 from dilkern.kernels.chunk_softmax import chunk_softmax
 from dilkern.kernels.dz_tile import dz_tile
+from dilkern.kernels.finish_rows import finish_rows
 from dilkern.kernels.fold_block import fold_block
 from dilkern.kernels.logps_forward import logps_forward
-from dilkern.kernels.operands import on_device
-from dilkern.kernels.target_logit import target_logit
-
-# ln 2 in two parts; the first has so few bits that its products with exponents are exact.
-_LN2_HIGH, _LN2_LOW = 0.693138122558594, 9.0580006145e-06
+from dilkern.kernels.operands import aligned, on_device
 
 
 def _interprets_bf16() -> bool:
@@ -63,13 +64,6 @@ def why_not(device: torch.device, dtype: torch.dtype | None = None) -> str | Non
     return None
 
 
-def _tile_words(hidden: Tensor, own: bool) -> int:
-    """Words per tile of the kernel that writes P and its partial sums."""
-    device = hidden.device
-    words: int = configs.tile(device, hidden.dtype).block_v if own else configs.chunk(device).block
-    return words
-
-
 def _plan(
     num_tokens: int,
     head: HeadView,
@@ -77,118 +71,44 @@ def _plan(
     workspace_bytes: int,
     *,
     own: bool,
-    head_gradient: bool = False,
+    gradient_columns: int | None = None,  # of the head, in its backward
 ) -> Blocks:
     """Choose how many tokens and words are in work at once; from shapes, dtype and head alone."""
-    width, size = hidden.shape[1], hidden.dtype.itemsize
-    # Rows of H and of W for the labels as given, padded and widened, U, the state.
-    per_row = 16 * width + 128
-    probe = head.block(0, 1, hidden.dtype) if head.vocab_size else hidden
-    # A head that hands out views costs nothing per word, any other as much as plan_blocks says.
-    view = probe.untyped_storage().nbytes() > probe.nbytes and probe.stride() == (width, 1)
-    view = view and width * size % 16 == 0
-    widens = size == 2 and not _wide_products(hidden)
-    per_word = (0 if view else 12 * width) + (4 * width if widens else 0)
-    per_word += 8 * width if head_gradient else 0
-    # fp32 logits become P in place; 16-bit P is a second block, widened where the library must.
-    # One byte for the partial sums of narrow tiles.
-    per_cell = (0 if own and size == 2 else 4) + (size if size == 2 else 0) + 1
-    per_cell += 4 if widens else 0
-    # Long enough that U = P W fills a GPU (docs/kernels.md), short enough to leave room for words.
-    wanted = min(4096, max(256, (1 << 22) // width))
-    rows = max(1, min(num_tokens, wanted, workspace_bytes // (2 * per_row)))
-    vocab = (workspace_bytes - rows * (per_row + 16)) // (per_word + rows * per_cell)
-    if vocab < 16:
-        return plan_blocks(
-            num_tokens,
-            head.vocab_size,
-            width,
-            hidden.dtype,
-            workspace_bytes,
-            max_rows=wanted,
-            max_vocab=vocab if vocab > 0 else 1 << 30,
-        )
-    rows = math.ceil(num_tokens / math.ceil(num_tokens / rows)) if num_tokens else 1
-    tile = _tile_words(hidden, own)
-    unit = tile if vocab >= tile else 16
-    vocab = min(vocab // unit * unit, 1 << 30)
-    vocab = math.ceil(head.vocab_size / max(1, math.ceil(head.vocab_size / vocab)))
-    return Blocks(rows, max(1, math.ceil(vocab / unit)) * unit)
+    device, dtype, width = hidden.device, hidden.dtype, hidden.shape[1]
+    size, backward = dtype.itemsize, gradient_columns is not None
+    views = hands_out_views(head, dtype) and not (own and width % 16)
+    widened = 4 * width if size == 2 and not wide_products(hidden) else 0
+    bytes_per = Bytes(
+        # The state, and U where it is not summed up in the result.
+        kept=0 if backward else 64 + (4 * width if dtype is torch.bfloat16 else 0),
+        # H, and in forward an aligned copy of it, then the labels' words.
+        row=64 + (1 if backward else 3) * size * width + widened,
+        # A block as the head has it and as it is multiplied; its gradient and what becomes of that.
+        word=(0 if views else (4 + size) * width) + widened + 8 * (gradient_columns or 0),
+        # fp32 logits become P in place; 16-bit P is a second block, widened where the library must.
+        # One byte for the partial sums of narrow tiles.
+        cell=1 + (4 if size == 4 or not own else 0) + (size % 4) + (4 if widened else 0),
+    )
+    # Rows enough that U = P W fills a GPU (docs/kernels.md), few enough to leave room for words. A
+    # row block of backward touches all of dW_block, so there as many as a long product needs.
+    blocks = plan_blocks(
+        num_tokens,
+        head.vocab_size,
+        width,
+        bytes_per,
+        workspace_bytes,
+        max_rows=4096 if backward else min(4096, max(256, (1 << 22) // width)),
+        unit=configs.tile(device, dtype).block_v if own else configs.WORDS,
+        decodes=not (views or backward),
+    )
+    # All rows of the first block have their P moved to the first reference they find: a few words.
+    first = configs.first_words(device)
+    return blocks._replace(first=first) if blocks.vocab > 2 * first and not backward else blocks
 
 
-def _target_logits(h: Tensor, w_y: Tensor, labels: Tensor, head: HeadView) -> Tensor:
-    bias, z_y = head.bias(), h.new_empty(labels.numel(), dtype=torch.float32)
-    b_y = None if bias is None else bias.index_select(0, labels)
-    target_logit(h, w_y, z_y, bias=b_y, scale=head.scale, softcap=head.softcap)
-    return z_y
-
-
-class Pass(NamedTuple):
-    """What one pass over the vocabulary leaves: sum over wrong words of exp(z) = total 2^top."""
-
-    top: Tensor  # (n,) integer exponents of 2
-    total: Tensor  # (n,)
-    reference: Tensor  # (n,) integer exponents of 2
-    mean_w: Tensor  # (n, D) sum over wrong words of exp(z) slope w / 2^reference, or (0, D)
-
-
-def _pass_over_vocabulary(
-    h: Tensor,  # (n, D)
-    labels: Tensor,  # (n,)
-    head: HeadView,
-    block: int,  # words at once
-    own: bool,
-    need_u: bool,
-) -> Pass:
-    n, width = h.shape
-    held = n if need_u else 0  # rows of P and U
-    tile = _tile_words(h, own)
-    top = h.new_full((n,), -torch.inf, dtype=torch.float32)
-    reference, total = top.clone(), torch.zeros_like(top)
-    mean_w = h.new_zeros(held, width, dtype=torch.float32)
-    bias = head.bias()
-    for start in range(0, head.vocab_size, block):
-        end = min(start + block, head.vocab_size)
-        weight = _weight_block(head, start, end, h.dtype)
-        tiles = triton.cdiv(end - start, tile)
-        exponents, sums = h.new_empty(2, n, tiles, dtype=torch.float32).unbind()
-        b = None if bias is None else bias[start:end]
-        if own:
-            p = h.new_empty(held, block)[:, : end - start]
-            logps_forward(
-                h,
-                weight,
-                labels,
-                reference,
-                exponents,
-                sums,
-                p,
-                start=start,
-                bias=b,
-                scale=head.scale,
-                softcap=head.softcap,
-            )
-        else:
-            z = _matmul(h, weight.t(), torch.float32)
-            p = z[:held] if h.dtype is z.dtype else h.new_empty(held, z.shape[1])
-            chunk_softmax(
-                z,
-                labels,
-                reference,
-                exponents,
-                sums,
-                p,
-                start=start,
-                bias=b,
-                scale=head.scale,
-                softcap=head.softcap,
-            )
-            del z
-        fold_block(exponents, sums, top, total, reference, p, mean_w, tile=tile)
-        if need_u:
-            _add_matmul(mean_w, p, weight)
-        del p, weight, exponents, sums
-    return Pass(top, total, reference, mean_w)
+def _rows_of(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A new (rows, columns) whose rows start aligned, as vector access needs."""
+    return like.new_empty(rows, -(-columns // 16) * 16, dtype=dtype)[:, :columns]
 
 
 def forward(
@@ -208,24 +128,68 @@ def forward(
     # fp16 cannot hold the small u of a confident token; its gradient is scaled later, by g.
     u_dtype = torch.float32 if dtype is torch.float16 else dtype
     u = hidden.new_empty(n_tokens if need_u else 0, width, dtype=u_dtype)
-    for part in _row_blocks(n_tokens, blocks.rows):
-        with on_device(hidden):
-            h, y = hidden.index_select(0, rows[part]), labels[part]
-            w_y = head.gather(y, dtype)
-            z_y = _target_logits(h, w_y, y, head)
-            top, total, reference, mean_w = _pass_over_vocabulary(
-                h, y, head, blocks.vocab, own, need_u
-            )
-        logps[part], share, lse[:, part] = normalize(z_y, total, top * _LN2_HIGH, top * _LN2_LOW)
-        if need_u:
-            # From `top` to the reference of U (6).
-            share *= torch.where(top == reference, 1.0, torch.exp2(reference - top))
-            miss = -torch.expm1(logps[part])
-            if head.softcap:
-                miss *= 1 - (z_y / head.softcap).square()
-            mean_w.mul_(-share.unsqueeze(1)).addcmul_(w_y.float(), miss.unsqueeze(1))
-            u[part] = mean_w.mul_(head.scale)
+    with on_device(hidden):
+        for kept in row_blocks(0, n_tokens, blocks.kept):
+            _pass(
+                hidden, rows[kept], labels[kept], head, blocks, own, need_u,
+                logps[kept], lse[:, kept], u[kept],
+            )  # fmt: skip
     return Forward(logps, lse, u)
+
+
+def _pass(
+    hidden: Tensor,  # (R, D)
+    rows: Tensor,  # (n,)
+    labels: Tensor,  # (n,)
+    head: HeadView,
+    blocks: Blocks,
+    own: bool,
+    need_u: bool,
+    logps: Tensor,  # (n,) written, as the next two
+    lse: Tensor,  # (2, n)
+    u: Tensor,  # (n, D), or (0, D) if not asked for
+) -> None:
+    """Take all words past the rows that are kept."""
+    n, width, dtype, bias = rows.numel(), hidden.shape[1], hidden.dtype, head.bias()
+    # Sum over wrong words of exp(z) = total 2^top, and of exp(z) slope w = sums 2^reference.
+    state = hidden.new_full((3, n), -torch.inf, dtype=torch.float32)
+    top, total, reference = state.unbind()
+    total.zero_()
+    sums = u.zero_() if u.dtype is torch.float32 else torch.zeros_like(u, dtype=torch.float32)
+    config = configs.tile(hidden.device, dtype)
+    tile = config.block_v if own else configs.chunk(hidden.device).block
+    parts = list(row_blocks(0, n, blocks.rows))
+    states = states_of(hidden, rows, parts)
+    transform = {"scale": head.scale, "softcap": head.softcap}
+    for start, end in blocks.words(head.vocab_size):
+        weight = weight_block(head, start, end, dtype)
+        if own:
+            weight = aligned(weight, config)
+        settings = {"start": start, "bias": None if bias is None else bias[start:end], **transform}
+        for part in parts:
+            h, y, count = states(part), labels[part], part.stop - part.start
+            tiles = triton.cdiv(end - start, tile)
+            partial = h.new_empty(2, count, tiles, dtype=torch.float32)
+            held = count if need_u else 0  # rows of P
+            if own:
+                p = _rows_of(h, held, end - start, dtype)
+                logps_forward(h, weight, y, reference[part], *partial, p, **settings)
+            else:
+                z = matmul(h, weight.t(), torch.float32)
+                p = z[:held] if dtype is z.dtype else _rows_of(h, held, end - start, dtype)
+                chunk_softmax(z, y, reference[part], *partial, p, **settings)
+                del z
+            fold_block(*partial, top[part], total[part], reference[part], p, sums[part], tile=tile)
+            if need_u:
+                add_matmul(sums[part], p, weight[:, :width])
+            del h, p, partial
+        del weight
+    for part in parts:
+        w_y = head.gather(labels[part], dtype)
+        finish_rows(
+            states(part), w_y, labels[part], state[:, part], sums[part],
+            logps[part], lse[:, part], u[part], bias=bias, **transform,
+        )  # fmt: skip
 
 
 def head_backward(
@@ -243,8 +207,12 @@ def head_backward(
     """Recompute the logits block by block and hand each block's gradient to the head (8)."""
     n_tokens, dtype = rows.numel(), hidden.dtype
     own = configs.own_product(hidden.device, dtype, hidden.shape[1])
-    blocks = _plan(n_tokens, head, hidden, workspace_bytes, own=own, head_gradient=True)
     gradients, columns = head.new_gradients(needed), head.gradient_columns(needed)
+    blocks = _plan(
+        n_tokens, head, hidden, workspace_bytes,
+        own=own, gradient_columns=len(range(*columns.indices(hidden.shape[1]))),
+    )  # fmt: skip
+    config = configs.tile(hidden.device, dtype)
     bias = head.bias()
     miss = -torch.expm1(logps)
     g = grad_logps.float() * head.scale
@@ -252,34 +220,37 @@ def head_backward(
         # Small g p would vanish in fp16: the largest |g| becomes 1 here, and g again at the end.
         peak = g.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
         g = g / peak
-    for start in range(0, head.vocab_size, blocks.vocab):
-        end = min(start + blocks.vocab, head.vocab_size)
-        weight = _weight_block(head, start, end, dtype)
+    parts = list(row_blocks(0, n_tokens, blocks.rows))
+    states = states_of(hidden, rows, parts)
+    for start, end in blocks.words(head.vocab_size):
+        weight = weight_block(head, start, end, dtype)
         d_weight = torch.zeros_like(weight[:, columns], dtype=torch.float32)
         d_bias = weight.new_zeros(end - start, dtype=torch.float32)
+        if own:
+            weight = aligned(weight, config)
         settings = {
             "start": start,
             "bias": None if bias is None else bias[start:end],
             "scale": head.scale,
             "softcap": head.softcap,
         }
-        for part in _row_blocks(n_tokens, blocks.rows):
-            h, y = hidden.index_select(0, rows[part]), labels[part]
-            per_row = (y, lse[:, part], miss[part], g[part])
+        for part in parts:
+            h = states(part)
+            per_row = (labels[part], lse[:, part], miss[part], g[part])
             with on_device(hidden):
                 if own:
-                    dz = h.new_empty(y.numel(), blocks.vocab)[:, : end - start]
+                    dz = _rows_of(h, h.shape[0], end - start, dtype)
                     dz_tile(h, weight, *per_row, dz, **settings)
                 else:
-                    z = _matmul(h, weight.t(), torch.float32)
-                    dz = z if dtype is z.dtype else h.new_empty(z.shape)
+                    z = matmul(h, weight.t(), torch.float32)
+                    dz = z if dtype is z.dtype else _rows_of(h, h.shape[0], end - start, dtype)
                     chunk_dz(z, *per_row, dz, **settings)
                     del z
             if bias is not None:
                 d_bias += dz.sum(0, dtype=torch.float32)
             if d_weight.shape[1]:
-                _add_matmul(d_weight, dz.t(), h[:, columns])
-            del dz
+                add_matmul(d_weight, dz.t(), h[:, columns])
+            del dz, h
         if dtype is torch.float16 and n_tokens:
             d_weight.mul_(peak)
             d_bias.mul_(peak)

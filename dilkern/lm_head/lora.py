@@ -132,13 +132,11 @@ class LoRAHead(Head):
         return torch.cat(parts, -1)
 
     def _append(self, base: Tensor, columns: Sequence[Tensor]) -> Tensor:
-        out = base.new_zeros(base.shape[0], self._width)
-        left = self.base.width
-        out[:, :left] = base
+        parts = [base]
         for column in () if self._disabled else columns:
-            out[:, left : left + _width(column)] = column if column.dim() == 2 else column[:, None]
-            left += _width(column)
-        return out
+            parts.append(column.to(base) if column.dim() == 2 else column.to(base)[:, None])
+        used = sum(part.shape[1] for part in parts)
+        return torch.cat([*parts, base.new_zeros(base.shape[0], self._width - used)], 1)
 
     def block(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
         columns = [column[start:end] for column in self._columns]

@@ -9,10 +9,10 @@ from dilkern.kernels import configs
 from dilkern.kernels.chunk_dz import chunk_dz
 from dilkern.kernels.chunk_softmax import chunk_softmax
 from dilkern.kernels.dz_tile import dz_tile
+from dilkern.kernels.finish_rows import finish_rows
 from dilkern.kernels.fold_block import fold_block
 from dilkern.kernels.logps_forward import logps_forward
 from dilkern.kernels.nf4_dequant import Packed4bit, nf4_dequant
-from dilkern.kernels.target_logit import target_logit
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OPTIONS = [{}, {"scale": 0.6, "softcap": 4.0}]
@@ -142,24 +142,44 @@ def test_dz(dtype, shape, options, path):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "capped"])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (65, 64), (70, 200)], ids=str)
-def test_target_logit(dtype, shape, options, budget):
-    torch.manual_seed(0)
+@pytest.mark.parametrize("shape", [(5, 1), (7, 7), (65, 64), (70, 200)], ids=str)
+def test_finished_rows(dtype, shape, options, budget):
+    """Labels far below, near and far above the wrong words, whose sum is total 2^top."""
     n, d = shape
+    torch.manual_seed(n)
     h, w = torch.randn(n, d).to(dtype), torch.randn(n, d).to(dtype)
-    bias = torch.randn(n).to(dtype)
-    z, intact = guarded(n)
-    target_logit(h, w, z, bias=bias, **options)
+    labels, bias = torch.randint(0, 5, (n,)), torch.randn(5).to(dtype)
+    top = torch.tensor([-60.0, -3.0, 0.0, 4.0, 50.0]).repeat(n)[:n]
+    state = torch.stack((top, 0.5 + 90 * torch.rand(n), top - torch.randint(0, 12, (n,))))
+    sums = torch.randn(n, d)
+    scale, cap = options.get("scale", 1.0), options.get("softcap")
+
+    def reference(h, w, bias, state, sums):
+        raw = ((h * w).sum(1) + bias[labels]) * scale
+        z = cap * torch.tanh(raw / cap) if cap else raw
+        top, total, at = state
+        rest = top * 0.6931471805599453 + total.log()
+        lse = torch.logaddexp(z, rest)
+        slope = 1 - (z / cap).square() if cap else torch.ones_like(z)
+        wrong = sums * (at * 0.6931471805599453 - lse).exp()[:, None]
+        u = (w * ((rest - lse).exp() * slope)[:, None] - wrong) * scale
+        return z - lse, lse, u
+
+    inputs = (h, w, bias, state, sums)
+    truth = reference(*(x.double() for x in inputs))
+    peer = reference(*(x.float() for x in inputs))
+    u_dtype = torch.float32 if dtype is torch.float16 else dtype
+    (logps, intact), (lse, _), (u, intact_u) = guarded(n), guarded(2, n), guarded(n, d, dtype=u_dtype)
+    settings = {"bias": bias, **options}
+    finish_rows(h, w, labels, state, sums, logps, lse, u, **settings)
     intact()
-
-    def reference(h, w, bias):
-        raw = ((h * w).sum(1) + bias) * options.get("scale", 1.0)
-        cap = options.get("softcap")
-        return cap * torch.tanh(raw / cap) if cap else raw
-
-    truth = reference(h.double(), w.double(), bias.double())
-    peer = reference(h.float(), w.float(), bias.float())
-    budget.check("z_y", z, peer, truth)
+    intact_u()
+    budget.check("logps", logps, peer[0], truth[0])
+    budget.check("lse", lse.double().sum(0).float(), peer[1], truth[1])
+    budget.check("u", u, peer[2].to(u_dtype), truth[2])
+    before = logps.clone(), lse.clone()
+    finish_rows(h, w, labels, state, sums[:0], logps, lse, u[:0], **settings)
+    assert torch.equal(logps, before[0]) and torch.equal(lse, before[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -230,10 +250,11 @@ def test_offsets_past_2_to_the_31(form):
     other_e, other_s, other_p = exponents.clone(), sums.clone(), torch.zeros(4, 4).half()
     logps_forward(near_h, near_w, labels, reference, other_e, other_s, other_p, start=0)
     assert torch.equal(sums, other_s) and torch.equal(p, other_p) and other_p.abs().sum() > 0
-    z_far, z_near = torch.zeros(4), torch.zeros(4)
-    target_logit(h, w, z_far)
-    target_logit(near_h, near_w, z_near)
-    assert torch.equal(z_far, z_near)
+    state, (far, near) = torch.ones(3, 4), torch.zeros(2, 3, 4).unbind()
+    u_far, u_near = torch.zeros(2, 4, 16).unbind()
+    finish_rows(h, w, labels, state, u_far, far[0], far[1:], u_far)
+    finish_rows(near_h, near_w, labels, state, u_near, near[0], near[1:], u_near)
+    assert torch.equal(far, near) and torch.equal(u_far, u_near) and u_near.abs().sum() > 0
     lse = torch.full((4,), 5.0)
     parts = torch.stack((lse, torch.zeros(4)))
     dz_tile(h, w, labels, parts, lse, lse, p, start=0)
