@@ -24,10 +24,11 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     descriptors: bool = False  # tensor descriptors (TMA) instead of pointers
+    registers: int | None = None  # the most per thread; without a softcap, with one they spill
 
-    @property
-    def launch(self) -> dict[str, Any]:
-        return {"num_warps": self.warps, "num_stages": self.stages, **FUSED}
+    def launch(self, softcap: float) -> dict[str, Any]:
+        found = {"num_warps": self.warps, "num_stages": self.stages, **FUSED}
+        return found if softcap or self.registers is None else found | {"maxnreg": self.registers}
 
 
 class Rows(NamedTuple):
@@ -45,17 +46,31 @@ class Rows(NamedTuple):
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# 16-bit inputs. 128 x 128 everywhere: on sm_90 two such programs share an SM, and the epilogue of
-# one hides under the products of the other.
+# 16-bit inputs. 128 x 128 everywhere: on sm_90 two such programs share an SM, if neither has more
+# than 128 registers, and the epilogue of one hides under the products of the other.
 _TILES_16 = {
     "sm_80": Tile(128, 128, 64, 8, 3),
     "sm_86": Tile(128, 128, 32, 8, 3),
-    "sm_90": Tile(128, 128, 64, 8, 3, descriptors=True),
+    "sm_90": Tile(128, 128, 64, 8, 3, descriptors=True, registers=128),
     "sm_100": Tile(128, 128, 64, 8, 3, descriptors=True),
     "sm_120": Tile(128, 128, 32, 8, 3),
     "gfx942": Tile(128, 128, 64, 8, 2),
     "interpreter": Tile(32, 64, 64, 1, 1),
 }
+# What benchmarks/tune.py times beside the row above, with its descriptors. Two of the first four fit
+# an SM of sm_90 (at most 113 KiB of shared memory each), one of the others, which load less per
+# product: 128 x 128 needs 32 KiB of operands per 512 cycles, as much as the L2 cache gives.
+CANDIDATES = (
+    Tile(128, 128, 64, 4, 3),
+    Tile(128, 128, 32, 8, 4),
+    Tile(128, 64, 64, 4, 4),
+    Tile(128, 64, 64, 8, 3),
+    Tile(128, 128, 64, 8, 4),
+    Tile(128, 256, 64, 8, 3),
+    Tile(128, 256, 64, 8, 4),
+    Tile(256, 128, 64, 8, 3),
+    Tile(256, 128, 64, 8, 4),
+)
 # fp32 inputs, exact products ("ieee") by default.
 _TILES_32 = {
     "sm_80": Tile(64, 64, 32, 4, 3),
@@ -90,11 +105,13 @@ _FIRST_ANY = 512
 # library is ahead once its product is faster than ours by more than the traffic of fp32 logits.
 # fp32 always takes the library, which obeys PyTorch's TF32 settings by itself. ROCm always takes
 # our own: its library does not multiply 16-bit matrices into fp32.
+# Hopper and Blackwell take the library until tune.py has said otherwise: what it costs is known, and
+# by the roofline ours, bound by the L2 cache, comes level with it at D = 1024 at best.
 _TILES_UP_TO_D = {
     "sm_80": 2048,
     "sm_86": 2048,
-    "sm_90": 2048,
-    "sm_100": 1024,
+    "sm_90": 0,
+    "sm_100": 0,
     "sm_120": 2048,
     "gfx942": 1 << 30,
     "interpreter": 64,

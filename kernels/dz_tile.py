@@ -128,5 +128,5 @@ def dz_tile(
         SCALED=scale != 1.0,
         CAPPED=softcap != 0.0,
         **operands.constants,
-        **config.launch,
+        **config.launch(softcap),
     )

@@ -134,5 +134,5 @@ def logps_forward(
         SCALED=scale != 1.0,
         CAPPED=softcap != 0.0,
         **operands.constants,
-        **config.launch,
+        **config.launch(softcap),
     )

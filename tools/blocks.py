@@ -91,7 +91,7 @@ def whole_op(case: Case, device: torch.device | str = "cpu", name: str = "torch"
     }
     fit = {(min(r, case.tokens), min(v, case.vocab)) for r, v in SHAPES[name]}
     jobs: dict[str, Job] = {"own plan": op} | {
-        f"{r} x {v}": replaced(backend, "_plan", base.Blocks(r, v), op) for r, v in sorted(fit)
+        f"{r} x {v}": replaced(backend, "_plan", base.Blocks(r, r, v), op) for r, v in sorted(fit)
     }
     if name == "torch":
         return shared | jobs

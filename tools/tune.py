@@ -34,17 +34,6 @@ from dilkern.kernels.fold_block import fold_block
 from dilkern.kernels.logps_forward import logps_forward
 from dilkern.kernels.nf4_dequant import Packed4bit, nf4_dequant
 
-# Two of the first fit an SM of sm_90 (at most 113 KiB of shared memory each), one of the second.
-SMALL_TILES = (
-    (128, 128, 64, 8, 3),
-    (128, 128, 64, 4, 3),
-    (128, 128, 32, 8, 4),
-    (128, 64, 64, 4, 4),
-)
-LARGE_TILES = (
-    *((128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4)),
-    *((256, 128, 64, 8, 3), (256, 128, 64, 8, 4)),
-)
 ROWS = {
     "chunk": [Rows(1, 2048, 4), Rows(1, 4096, 4), Rows(1, 8192, 8), Rows(1, 8192, 16)],
     "fold": [Rows(1, 512, 4), Rows(1, 2048, 4), Rows(1, 2048, 8)],
@@ -58,7 +47,7 @@ def tiles(device: torch.device, dtype: torch.dtype) -> list[Tile]:
     row = configs.tile(device, dtype)
     if device.type == "cpu":
         return [row, row._replace(block_v=2 * row.block_v)]
-    found = [Tile(*shape, row.descriptors) for shape in (*SMALL_TILES, *LARGE_TILES)]
+    found = [tile._replace(descriptors=row.descriptors) for tile in configs.CANDIDATES]
     if row.descriptors:
         found.append(row._replace(descriptors=False))
     return [row, *(tile for tile in found if tile != row)]

@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 from naive import gather_logps
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime import interpreter
 
 from dilkern import linear_logps
 from dilkern.backends import base
@@ -207,6 +209,44 @@ def test_inputs_are_left_alone(path):
     leaf = h.requires_grad_()
     linear_logps(leaf, DenseHead(w, b), labels, backend="triton").sum().backward()
     assert all(torch.equal(a, b) for a, b in zip(before, (h.detach(), w, b, labels)))
+
+
+class Operations(TorchDispatchMode):
+    """The operations that launch something: neither views, nor new memory, nor products."""
+
+    FREE = ("empty", "new_empty", "slice", "select", "unbind", "t", "detach", "mm", "addmm_")
+    FREE += ("fill_",)  # of `poisoned_empty`
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.names += [] if name in self.FREE else [name]
+        return func(*args, **(kwargs or {}))
+
+
+def test_few_launches_beside_products_and_kernels(monkeypatch):
+    """A row block gathers its rows and the labels' words and clears its sums: no more."""
+    launch = interpreter.GridExecutor.__call__
+
+    def unseen(*args, **kwargs):
+        with _disable_current_modes():
+            return launch(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", unseen)
+    h, w, b, labels, opts = make((96, 100, 16), torch.float32, **OPTIONS["all"])
+    backend, head = base.load("triton"), DenseHead(w, b, **opts)
+    rows, labels = torch.arange(96), labels.clamp_min(0)
+    counts = []
+    for size in (16, 32):  # rows per block
+        blocks = base.Blocks(size, size, 100)
+        monkeypatch.setattr(backend, "_plan", lambda *a, b=blocks, **k: b)
+        with Operations() as seen:
+            backend.forward(h, rows, labels, head, workspace_bytes=1 << 20, need_u=True)
+        counts.append(len(seen.names))
+    assert (counts[0] - counts[1]) / 3 <= 8, seen.names  # 57 before
 
 
 def test_int32_labels():

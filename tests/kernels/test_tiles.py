@@ -169,7 +169,11 @@ def test_finished_rows(dtype, shape, options, budget):
     truth = reference(*(x.double() for x in inputs))
     peer = reference(*(x.float() for x in inputs))
     u_dtype = torch.float32 if dtype is torch.float16 else dtype
-    (logps, intact), (lse, _), (u, intact_u) = guarded(n), guarded(2, n), guarded(n, d, dtype=u_dtype)
+    (logps, intact), (lse, _), (u, intact_u) = (
+        guarded(n),
+        guarded(2, n),
+        guarded(n, d, dtype=u_dtype),
+    )
     settings = {"bias": bias, **options}
     finish_rows(h, w, labels, state, sums, logps, lse, u, **settings)
     intact()

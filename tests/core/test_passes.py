@@ -1,0 +1,101 @@
+"""What a pass over the vocabulary costs beside its products: words decoded, memory.
+
+On the triton backend: `TRITON_INTERPRET=1 pytest --backend triton tests/core/test_passes.py`.
+"""
+
+import gc
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dilkern.backends import base
+from dilkern.lm_head import Adapter, DenseHead, LoRAHead
+
+N, V, D = 512, 1024, 64
+WORKSPACE = 1 << 20
+
+
+class Decoded(DenseHead):
+    """A head without a block in memory, which counts the words that it is asked to make."""
+
+    words = 0
+
+    def block(self, start, end, dtype):
+        self.words += end - start
+        return super().block(start, end, dtype).clone()
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made under it held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {x.untyped_storage()._cdata for x in tree_leaves(args) if torch.is_tensor(x)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if torch.is_tensor(tensor) and tensor.untyped_storage()._cdata not in before:
+                storage = tensor.untyped_storage()
+                self.held[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        if self._live() > self.peak:
+            gc.collect()  # Triton's interpreter leaves cycles
+            self.peak = max(self.peak, self._live())
+        return out
+
+    def _live(self):
+        self.held = {k: (ref, size) for k, (ref, size) in self.held.items() if not ref.expired()}
+        return sum(size for _, size in self.held.values())
+
+
+def problem(kind, dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(V, D).to(dtype)
+    if kind == "lora":
+        adapter = Adapter(torch.randn(4, D).to(dtype), torch.randn(V, 4).to(dtype), 2.0)
+        head = LoRAHead(DenseHead(weight), [adapter])
+    else:
+        head = (Decoded if kind == "decoded" else DenseHead)(weight, softcap=20.0)
+    hidden = torch.randn(N, head.width).to(dtype)
+    return hidden, torch.arange(N), torch.randint(0, V, (N,)), head
+
+
+def backend():
+    return base.resolve("auto", torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_words_are_decoded_once_per_pass(dtype):
+    *inputs, head = problem("decoded", dtype)
+    options = {"workspace_bytes": WORKSPACE}
+    out = backend().forward(*inputs, head, need_u=True, **options)
+    assert head.words == V
+    backend().forward(*inputs, head, need_u=False, **options)
+    assert head.words == 2 * V
+    backend().head_backward(
+        *inputs, head, out.logps, out.lse, torch.ones(N), needed=[True], **options
+    )
+    assert head.words == 3 * V
+
+
+@pytest.mark.parametrize("kind", ["dense", "decoded", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_workspace_is_kept(dtype, kind):
+    *inputs, head = problem(kind, dtype)
+    needed = [True] * len(head.tensors())
+    with LiveBytes() as forward:
+        out = backend().forward(*inputs, head, workspace_bytes=WORKSPACE, need_u=True)
+    results = sum(x.nbytes for x in out)
+    assert WORKSPACE / 4 < forward.peak <= WORKSPACE + results
+    with LiveBytes() as backward:
+        gradients = backend().head_backward(
+            *inputs, head, out.logps, out.lse, torch.ones(N), needed=needed,
+            workspace_bytes=WORKSPACE,
+        )  # fmt: skip
+    results = sum(x.nbytes for x in gradients)
+    # Beside the gradients lists of a few numbers per row.
+    assert WORKSPACE / 4 < backward.peak <= WORKSPACE + results + 32 * N
