@@ -50,7 +50,13 @@ def _nf4_dequant_kernel(
     offs = first + step * tl.arange(0, BLOCK // step)
     inside = mask_t[:, None] & (offs[None, :] < d)
     flat = row[:, None] * d + offs[None, :]
-    byte = tl.load(packed_ptr + flat // 2, mask=inside, other=0).to(tl.int32)
+    if PAIRS:
+        # Not flat // 2, in which the compiler does not see neighbours.
+        pair, pairs = first // 2 + tl.arange(0, BLOCK // 2)[None, :], d // 2
+        byte_ptrs = packed_ptr + row[:, None] * pairs + pair
+        byte = tl.load(byte_ptrs, mask=mask_t[:, None] & (pair < pairs), other=0).to(tl.int32)
+    else:
+        byte = tl.load(packed_ptr + flat // 2, mask=inside, other=0).to(tl.int32)
     # Both halves of a byte lie in one block: a blocksize is a power of two from 32 on.
     block = flat // BLOCKSIZE
     if NESTED:

@@ -97,7 +97,7 @@ def _plan(
         width,
         bytes_per,
         workspace_bytes,
-        max_rows=4096 if backward else min(4096, max(256, (1 << 22) // width)),
+        max_rows=4096 if backward else min(4096, -(-(1 << 13) // width) * 512),
         unit=configs.tile(device, dtype).block_v if own else configs.WORDS,
         decodes=not (views or backward),
     )
