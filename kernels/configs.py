@@ -82,7 +82,7 @@ _TILES_32 = {
     "interpreter": Tile(32, 64, 64, 1, 1),
 }
 
-# One program of `chunk_softmax` holds block_t x block logits in registers.
+# One program of them holds block_t x block logits in registers where the library has multiplied.
 _CHUNK = {"interpreter": Rows(64, 128, 1)}
 _CHUNK_ANY = Rows(1, 4096, 8)
 _FOLD = {"interpreter": Rows(64, 128, 1)}
@@ -96,12 +96,12 @@ _SEQUENCE_ANY = Rows(1, 1024, 4)
 
 # Words of a block come in multiples of this where the library multiplies.
 WORDS = 512
-# Words of the first block, in which every row finds its first reference.
+# Words of the first block, in which every row finds its first anchor.
 _FIRST = {"interpreter": 64}
 _FIRST_ANY = 512
 
-# Largest hidden size at which P comes from our own product (`logps_forward`); above it the library
-# product and `chunk_softmax` take over. From the roofline of docs/kernels.md, not measured: the
+# Largest hidden size at which P comes from our own product; above it the library
+# product takes over. From the roofline of docs/kernels.md, not measured: the
 # library is ahead once its product is faster than ours by more than the traffic of fp32 logits.
 # fp32 always takes the library, which obeys PyTorch's TF32 settings by itself. ROCm always takes
 # our own: its library does not multiply 16-bit matrices into fp32.
@@ -133,7 +133,7 @@ def arch(device: torch.device) -> str:
 
 
 def tile(device: torch.device, dtype: torch.dtype) -> Tile:
-    """The tile of `logps_forward` and `dz_tile`."""
+    """The tile of `softmax_tile` and `dz_tile` where they multiply."""
     table = _TILES_32 if dtype is torch.float32 else _TILES_16
     return table[arch(device)]
 

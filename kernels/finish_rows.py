@@ -10,19 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from dilkern.kernels import configs
-from dilkern.kernels.operands import dense, dense_rows
-from dilkern.kernels.tile_math import LN2, LN2_HIGH, LN2_LOW, exp, log1p, logits
+from dilkern.kernels.operands import dense, dense_rows, transform_of
+from dilkern.kernels.tile_math import LN2, LN2_HIGH, LN2_LOW, State, exp, log1p, logits
 
 
 @triton.jit(do_not_specialize=["n", "store_u"])
 def _finish_rows_kernel(
     h_ptr,  # (n, d)
     w_ptr,  # (n, d) rows of the head that belong to the labels
-    bias_ptr,  # (V,) or None
     labels_ptr,  # (n,)
-    top_ptr,  # (n,) as the next two
-    total_ptr,
-    reference_ptr,
+    transform,  # bias (V,)
+    state,
     sums_ptr,  # (n, d), if store_u
     logps_ptr,  # (n,) out, as the next two
     peak_ptr,
@@ -35,12 +33,9 @@ def _finish_rows_kernel(
     stride_sums,
     stride_u,
     scale,
-    softcap,
     store_u,  # run-time: log-probs have the same bits with and without u
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SCALED: tl.constexpr,
-    CAPPED: tl.constexpr,
 ):
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < n
@@ -53,18 +48,19 @@ def _finish_rows_kernel(
         w = tl.load(w_ptr + rows * stride_w + offs_d, mask=inside, other=0.0)
         acc += h.to(tl.float32) * w.to(tl.float32)
     raw = tl.sum(acc, 1)
-    if bias_ptr is not None:
+    if transform.bias is not None:
         label = tl.load(labels_ptr + offs_t, mask=mask_t, other=0)
-        raw += tl.load(bias_ptr + label, mask=mask_t, other=0.0).to(tl.float32)
-    z_y, t_y = logits(raw, scale, softcap, SCALED, CAPPED)
-    top = tl.load(top_ptr + offs_t, mask=mask_t, other=0.0)
-    total = tl.load(total_ptr + offs_t, mask=mask_t, other=0.0)
-    reference = tl.load(reference_ptr + offs_t, mask=mask_t, other=0.0)
+        raw += tl.load(transform.bias + label, mask=mask_t, other=0.0).to(tl.float32)
+    z_y, t_y = logits(raw, transform)
+    top = tl.load(state.top + offs_t, mask=mask_t, other=0.0)
+    total = tl.load(state.total + offs_t, mask=mask_t, other=0.0)
+    anchor = tl.load(state.anchor + offs_t, mask=mask_t, other=0.0)
     # The target against the wrong words, whose log-sum-exp is top ln 2 + log(total) (5): without
     # overflow, and without a difference of what nearly cancels.
     lead = (z_y - top * LN2_HIGH) - top * LN2_LOW
     ahead = lead > 0
-    small = exp(-tl.minimum(tl.abs(lead), 200.0))  # `lead` may be inf
+    # `lead` may be inf, of which `exp` knows nothing; e^-200 is 0.
+    small = exp(-tl.minimum(tl.abs(lead), 200.0))
     over = log1p(total * small)
     rest = tl.log2(total + small) * LN2
     tl.store(logps_ptr + offs_t, tl.where(ahead, -over, lead - rest), mask=mask_t)
@@ -75,10 +71,10 @@ def _finish_rows_kernel(
     if store_u != 0:
         share = tl.where(ahead, small / (1.0 + total * small), 1.0 / (total + small))
         miss = total * share  # 1 - p_y
-        if CAPPED:
+        if transform.softcap is not None:
             miss *= 1.0 - t_y * t_y
-        # From `top` to the reference of the sums (6).
-        share *= tl.where(top == reference, 1.0, tl.exp2(reference - top))
+        # From `top` to the anchor of the sums (6).
+        share *= tl.where(top == anchor, 1.0, tl.exp2(anchor - top))
         for k in tl.range(0, d, BLOCK_D):
             offs_d = k + tl.arange(0, BLOCK_D)[None, :]
             inside = mask_t[:, None] & (offs_d < d)
@@ -92,7 +88,7 @@ def finish_rows(
     h: Tensor,  # (n, D)
     w_y: Tensor,  # (n, D) rows of the head for the labels
     labels: Tensor,  # (n,)
-    state: Tensor,  # (3, n) fp32: top, total, reference
+    state: Tensor,  # (3, n) fp32, the fields of `State`
     sums: Tensor,  # (n, D) fp32, sum over wrong words of P w; or (0, D): no u
     logps: Tensor,  # (n,) fp32, written
     lse: Tensor,  # (2, n) fp32, written: peak, and log of the sum of exp(z - peak)
@@ -108,30 +104,25 @@ def finish_rows(
     h, w_y = dense_rows(h), dense_rows(w_y)
     config = configs.dot(h.device)
     _finish_rows_kernel[(triton.cdiv(n, config.block_t),)](
-        h,
-        w_y,
-        dense(bias),
-        dense(labels),
-        state[0],
-        state[1],
-        state[2],
-        sums,
-        logps,
-        lse[0],
-        lse[1],
-        u,
-        n,
-        d,
-        h.stride(0),
-        w_y.stride(0),
-        sums.stride(0),
-        u.stride(0),
-        scale,
-        softcap,
-        int(u.shape[0] > 0),
+        h_ptr=h,
+        w_ptr=w_y,
+        labels_ptr=dense(labels),
+        transform=transform_of(bias, scale, softcap),
+        state=State(*state),
+        sums_ptr=sums,
+        logps_ptr=logps,
+        peak_ptr=lse[0],
+        log_sum_ptr=lse[1],
+        u_ptr=u,
+        n=n,
+        d=d,
+        stride_h=h.stride(0),
+        stride_w=w_y.stride(0),
+        stride_sums=sums.stride(0),
+        stride_u=u.stride(0),
+        scale=float(scale),
+        store_u=int(u.shape[0] > 0),
         BLOCK_T=config.block_t,
         BLOCK_D=config.block,
-        SCALED=scale != 1.0,
-        CAPPED=softcap != 0.0,
         **config.launch,
     )

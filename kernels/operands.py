@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dilkern.kernels import configs
+from dilkern.kernels.tile_math import Transform
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -32,13 +33,12 @@ def dense_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-class Operands(NamedTuple):
-    h: Any
-    w: Any
-    d: int
-    stride_h: int
-    stride_w: int
-    constants: dict[str, Any]
+def transform_of(bias: Tensor | None, scale: float, softcap: float) -> Transform:
+    return Transform(
+        dense(bias),
+        None if scale == 1 else float(scale),
+        float(softcap) if softcap else None,
+    )
 
 
 def aligned(matrix: Tensor, config: configs.Tile) -> Tensor:
@@ -58,24 +58,46 @@ def aligned(matrix: Tensor, config: configs.Tile) -> Tensor:
     return copy
 
 
-def tile_operands(h: Tensor, weight: Tensor, config: configs.Tile) -> Operands:
-    """Prepare (n, D) hidden rows and (v, D) words for `tile_math.product`."""
-    h, weight = aligned(h, config), aligned(weight, config)
+class Source(NamedTuple):
+    """Where the products of a tile come from: arguments of `tile_math.tile_products` and of launch."""
+
+    block_t: int
+    block_v: int
+    arguments: dict[str, Any]
+
+
+def tile_source(a: Tensor, weight: Tensor | None, softcap: float) -> Source:
+    """Prepare (n, D) hidden rows and (v, D) words, or (n, v) fp32 products without `weight`."""
+    if weight is None:
+        assert a.stride(1) == 1
+        rows = configs.chunk(a.device)
+        none = dict.fromkeys(("w", "d", "stride_w", "BLOCK_D", "EVEN_D", "PRECISION"))
+        return Source(
+            rows.block_t,
+            rows.block,
+            {"a": a, "stride_a": a.stride(0), "BLOCK_T": rows.block_t, "BLOCK_V": rows.block}
+            | {"DESCRIPTORS": False, **none, **rows.launch},
+        )
+    config = configs.tile(a.device, a.dtype)
+    h, weight = aligned(a, config), aligned(weight, config)
     d = h.shape[1]
-    constants = {
+    arguments: dict[str, Any] = {"a": h, "w": weight}
+    if config.descriptors:
+        blocks = ((config.block_t, config.block_d), (config.block_v, config.block_d))
+        for name, matrix, block in zip("aw", (h, weight), blocks):
+            arguments[name] = TensorDescriptor(
+                matrix, list(matrix.shape), [matrix.stride(0), 1], list(block)
+            )
+    arguments |= {
+        "d": d,
+        "stride_a": h.stride(0),
+        "stride_w": weight.stride(0),
         "BLOCK_T": config.block_t,
         "BLOCK_V": config.block_v,
         "BLOCK_D": config.block_d,
         "DESCRIPTORS": config.descriptors,
         "EVEN_D": d % config.block_d == 0,
-        "PRECISION": configs.input_precision(h.dtype),
+        "PRECISION": configs.input_precision(a.dtype),
+        **config.launch(softcap),
     }
-    operands: tuple[Any, Any] = (h, weight)
-    if config.descriptors:
-        operands = (
-            TensorDescriptor(h, list(h.shape), [h.stride(0), 1], [config.block_t, config.block_d]),
-            TensorDescriptor(
-                weight, list(weight.shape), [weight.stride(0), 1], [config.block_v, config.block_d]
-            ),
-        )
-    return Operands(*operands, d, h.stride(0), weight.stride(0), constants)
+    return Source(config.block_t, config.block_v, arguments)

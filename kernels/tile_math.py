@@ -1,15 +1,28 @@
-"""What the tile kernels share: the product, the map from product to logit, exponentials and P.
+"""What the tile kernels share: the products of a tile, the map from product to logit, exponentials.
 
-Exponentials are taken in base 2 against an integer exponent: exp(z) = e * 2^k with k = ceil(max z
-log2 e) of the (row, tile) and e in (0, 1]. Moving P or a sum from one reference to another is then
-a product with a power of two. T tokens, V words, D hidden size.
+How the softmax is kept in range, and its digits kept, though no kernel sees all words of a row:
+
+- An exponential is e * 2^k with e in (0, 1] and an integer k = ceil(m log2 e), m the largest wrong
+  logit of the row in the tile. e comes from z - m, which is exact where e matters, and from m log2 e
+  - k, taken once per row in two parts (`excess`); z log2 e - k would have the rounding of z log2 e.
+- A tile leaves k and the sum of its e. To move a number to another exponent is a product with a
+  power of two, which costs no digits. So sums are combined after the fact (`fold_block`).
+- P must be written before the row's largest logit is known. It is relative to the row's anchor, an
+  exponent that earlier blocks have left; only where k lies more than SLACK above it, to k itself.
+  `fold_block` then moves the anchor to the top, and P and U of that row with it.
+
+T tokens, V words, D hidden size; n and v of them in work.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
+# Keeps the upper 12 of the 24 significant bits of an fp32 number.
+UPPER_BITS = tl.constexpr(-4096)
 LOG2E = tl.constexpr(1.4426950408889634)
 # log2 e in two parts; the first has 12 significant bits.
 LOG2E_HIGH = tl.constexpr(1.4423828125)
@@ -18,9 +31,31 @@ LN2 = tl.constexpr(0.6931471805599453)
 # ln 2 in two parts; the first has so few bits that its products with exponents are exact.
 LN2_HIGH = tl.constexpr(0.693138122558594)
 LN2_LOW = tl.constexpr(9.0580006145e-06)
-# P is written relative to the row's running reference, and to its own tile's maximum only where that
-# lies more than this many powers of two higher: 2^11 stays in range for fp16.
+# Powers of two that P may exceed its anchor by: 2^11 stays in range for fp16.
 SLACK = tl.constexpr(11.0)
+
+
+class Partial(NamedTuple):
+    """What a tile leaves of each row: sum of exp(z) = sum 2^exponent, over wrong words."""
+
+    exponents: Any
+    sums: Any
+
+
+class State(NamedTuple):
+    """What the words so far have left of each row, (n,) fp32 each: sum of exp(z) = total 2^top."""
+
+    top: Any  # the largest exponent of a wrong word
+    total: Any  # over wrong words
+    anchor: Any  # the exponent that P and U are relative to
+
+
+class Transform(NamedTuple):
+    """What is between product x and logit: z = softcap tanh(scale (x + bias) / softcap)."""
+
+    bias: Any  # of the words, pointer or None
+    scale: Any  # None for 1
+    softcap: Any  # None for none
 
 
 @triton.jit
@@ -39,16 +74,14 @@ def log1p(x):
 
 
 @triton.jit
-def product(
-    h,  # (n, d) pointer or descriptor
-    w,  # (v, d) pointer or descriptor
-    row,
-    word,
+def tile_products(
+    a,  # (n, d) hidden rows, pointer or descriptor; or, without `w`, (n, v) fp32 products
+    w,  # (v, d) words, pointer or descriptor; or None
+    d,
+    stride_a,
+    stride_w,
     n,
     v,
-    d,
-    stride_h,
-    stride_w,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -56,160 +89,76 @@ def product(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(BLOCK_T, BLOCK_V) of H W^T in fp32; rows past n and words past v hold copies or zeros."""
-    acc = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
-    # Without an edge around the loop: it would define `acc` outside the products, and Triton 3.6
-    # then waits for each of Hopper's (ptxas: C7515).
-    tl.assume(d > 0)
-    if DESCRIPTORS:
-        for k in tl.range(0, d, BLOCK_D):
-            acc = tl.dot(h.load([row, k]), w.load([word, k]).T, acc, input_precision=PRECISION)
+    """This program's tile of H W^T in fp32, with its first row and its number among the words.
+
+    Rows past n and words past v hold copies or zeros.
+    """
+    tiles_t, tiles_v = tl.cdiv(n, BLOCK_T), tl.cdiv(v, BLOCK_V)
+    if w is None:
+        tile = tl.program_id(0) % tiles_v
+        row = tl.program_id(0) // tiles_v * BLOCK_T
+        offs_t = row + tl.arange(0, BLOCK_T)[:, None]
+        offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+        z_ptrs = a + offs_t.to(tl.int64) * stride_a + offs_v
+        return tl.load(z_ptrs, mask=(offs_t < n) & (offs_v < v), other=0.0), row, tile
     else:
-        offs_d = tl.arange(0, BLOCK_D)
-        # The last row stands in for rows past the end: no mask in the loop.
-        offs_t = tl.minimum(row + tl.arange(0, BLOCK_T), n - 1).to(tl.int64)
-        offs_v = tl.minimum(word + tl.arange(0, BLOCK_V), v - 1).to(tl.int64)
-        h_ptrs = h + offs_t[:, None] * stride_h + offs_d[None, :]
-        w_ptrs = w + offs_v[None, :] * stride_w + offs_d[:, None]
-        for k in tl.range(0, d, BLOCK_D):
-            if EVEN_D:
-                a, b = tl.load(h_ptrs), tl.load(w_ptrs)
-            else:
-                a = tl.load(h_ptrs, mask=offs_d[None, :] < d - k, other=0.0)
-                b = tl.load(w_ptrs, mask=offs_d[:, None] < d - k, other=0.0)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-            h_ptrs += BLOCK_D
-            w_ptrs += BLOCK_D
-    return acc
+        # Tokens vary fastest: programs in flight share a tile of W, and H stays in the L2 cache.
+        tile = tl.program_id(0) // tiles_t
+        row = tl.program_id(0) % tiles_t * BLOCK_T
+        word = tile * BLOCK_V
+        acc = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
+        # Without an edge around the loop: it would define `acc` outside the products, and Triton 3.6
+        # then waits for each of Hopper's (ptxas: C7515).
+        tl.assume(d > 0)
+        if DESCRIPTORS:
+            for k in tl.range(0, d, BLOCK_D):
+                acc = tl.dot(a.load([row, k]), w.load([word, k]).T, acc, input_precision=PRECISION)
+        else:
+            offs_d = tl.arange(0, BLOCK_D)
+            # The last row stands in for rows past the end: no mask in the loop.
+            offs_t = tl.minimum(row + tl.arange(0, BLOCK_T), n - 1).to(tl.int64)
+            offs_v = tl.minimum(word + tl.arange(0, BLOCK_V), v - 1).to(tl.int64)
+            a_ptrs = a + offs_t[:, None] * stride_a + offs_d[None, :]
+            w_ptrs = w + offs_v[None, :] * stride_w + offs_d[:, None]
+            for k in tl.range(0, d, BLOCK_D):
+                if EVEN_D:
+                    left, right = tl.load(a_ptrs), tl.load(w_ptrs)
+                else:
+                    left = tl.load(a_ptrs, mask=offs_d[None, :] < d - k, other=0.0)
+                    right = tl.load(w_ptrs, mask=offs_d[:, None] < d - k, other=0.0)
+                acc = tl.dot(left, right, acc, input_precision=PRECISION)
+                a_ptrs += BLOCK_D
+                w_ptrs += BLOCK_D
+        return acc, row, tile
 
 
 @triton.jit
-def add_bias(raw, bias_ptr, offs_v, v):
-    """raw + bias; `bias_ptr` may be None."""
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + offs_v, mask=offs_v < v, other=0.0)
-        raw += bias.to(tl.float32)[None, :]
-    return raw
-
-
-@triton.jit
-def logits(raw, scale, softcap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
+def logits(raw, transform):
     """Apply scale and softcap: the logits z, and t = z / softcap (z itself without one)."""
-    if SCALED:
-        raw *= scale
-    if CAPPED:
+    if transform.scale is not None:
+        raw *= transform.scale
+    if transform.softcap is not None:
         # tanh without libdevice: neither the interpreter nor every target has it.
-        t = 1.0 - 2.0 / (tl.exp2(raw * (2.0 * LOG2E / softcap)) + 1.0)
-        return t * softcap, t
+        t = 1.0 - 2.0 / (tl.exp2(raw * (2.0 * LOG2E / transform.softcap)) + 1.0)
+        return t * transform.softcap, t
     else:
         return raw, raw
 
 
 @triton.jit
+def tile_logits(raw, offs_v, v, transform):
+    """The logits of a tile of products."""
+    if transform.bias is not None:
+        bias = tl.load(transform.bias + offs_v, mask=offs_v < v, other=0.0)
+        raw += bias.to(tl.float32)[None, :]
+    return logits(raw, transform)
+
+
+@triton.jit
 def excess(x, exponent):
     """x log2(e) - exponent, for exponent near it, with the digits that one product would lose."""
-    high = (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    high = (x.to(tl.int32, bitcast=True) & UPPER_BITS).to(tl.float32, bitcast=True)
     exact = high * LOG2E_HIGH - exponent  # 12 bits times 12 bits: nothing is rounded
     rest = exact + ((x - high) * LOG2E + high * LOG2E_LOW)
     # Beyond |x| = 2^24 neighbours of x lie further apart than 1; which of them is not known.
     return tl.minimum(tl.maximum(rest, -1.0), 1.0)
-
-
-@triton.jit
-def store_softmax_tile(
-    raw,  # (BLOCK_T, BLOCK_V) fp32 products with bias
-    offs_t,
-    tile,  # index of the tile within the vocabulary block
-    labels_ptr,  # (n,)
-    reference_ptr,  # (n,) integer exponents of 2, -inf at first
-    exponents_ptr,  # (n, tiles) out
-    sums_ptr,  # (n, tiles) out
-    p_ptr,  # (n, v) out, if store_p
-    n,
-    v,
-    start,
-    tiles,
-    stride_p,
-    scale,
-    softcap,
-    store_p,
-    BLOCK_V: tl.constexpr,
-    SCALED: tl.constexpr,
-    CAPPED: tl.constexpr,
-):
-    """Store a tile's exponent k, its sum of exp(z) / 2^k over wrong words, and P if asked.
-
-    `store_p` is a run-time value on purpose: with and without P it is the same machine code, so the
-    sums have the same bits.
-    """
-    mask_t = offs_t < n
-    word = tile * BLOCK_V
-    offs_v = word + tl.arange(0, BLOCK_V)
-    z, t = logits(raw, scale, softcap, SCALED, CAPPED)
-    label = (tl.load(labels_ptr + offs_t, mask=mask_t, other=-1) - start).to(tl.int32)
-    hit = tl.sum(((label >= word) & (label < word + BLOCK_V)).to(tl.int32), 0) > 0
-    if hit | (word + BLOCK_V > v):
-        # The target is kept out: its factor 1 - p_y is taken exactly, from logp, elsewhere.
-        wrong = (offs_v[None, :] < v) & (offs_v[None, :] != label[:, None])
-        z = tl.where(wrong, z, -float("inf"))
-    peak = tl.max(z, 1)
-    exponent = tl.ceil(peak * LOG2E)
-    empty = exponent == -float("inf")
-    base, peak = tl.where(empty, 0.0, exponent), tl.where(empty, 0.0, peak)
-    # Not z log2(e) - base: that product's rounding is relative to z, which may be large.
-    e = tl.exp2((z - peak[:, None]) * LOG2E + excess(peak, base)[:, None])
-    at = offs_t.to(tl.int64) * tiles + tile
-    tl.store(exponents_ptr + at, exponent, mask=mask_t)
-    tl.store(sums_ptr + at, tl.sum(e, 1), mask=mask_t)
-    if store_p != 0:
-        reference = tl.load(reference_ptr + offs_t, mask=mask_t, other=0.0)
-        local = tl.where(exponent > reference + SLACK, exponent, reference)
-        # A tile without a wrong word has e = 0, whatever the factor.
-        local = tl.where(empty, 0.0, local)
-        p = e * tl.exp2(base - local)[:, None]
-        if CAPPED:
-            p *= 1.0 - t * t
-        ptrs = p_ptr + offs_t.to(tl.int64)[:, None] * stride_p + offs_v[None, :]
-        inside = mask_t[:, None] & (offs_v[None, :] < v)
-        tl.store(ptrs, p.to(p_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def store_dz_tile(
-    raw,  # (BLOCK_T, BLOCK_V) fp32 products with bias
-    offs_t,
-    word,  # first word of the tile within the vocabulary block
-    labels_ptr,  # (n,)
-    lse_ptr,  # (n,) log-sum-exp
-    lost_ptr,  # (n,) what rounding it lost
-    miss_ptr,  # (n,) 1 - p_y
-    g_ptr,  # (n,) d loss / d logp, times scale
-    dz_ptr,  # (n, v) out
-    n,
-    v,
-    start,
-    stride_dz,
-    scale,
-    softcap,
-    BLOCK_V: tl.constexpr,
-    SCALED: tl.constexpr,
-    CAPPED: tl.constexpr,
-):
-    """Store g (1[v = y] - p) (1 - (z / softcap)^2): the gradient of the logits, to the factor scale."""
-    mask_t = offs_t < n
-    offs_v = word + tl.arange(0, BLOCK_V)
-    z, t = logits(raw, scale, softcap, SCALED, CAPPED)
-    lse = tl.load(lse_ptr + offs_t, mask=mask_t, other=0.0)
-    lost = tl.load(lost_ptr + offs_t, mask=mask_t, other=0.0)
-    g = tl.load(g_ptr + offs_t, mask=mask_t, other=0.0)
-    label = (tl.load(labels_ptr + offs_t, mask=mask_t, other=-1) - start).to(tl.int32)
-    dz = -tl.exp2(((z - lse[:, None]) - lost[:, None]) * LOG2E)
-    if tl.sum(((label >= word) & (label < word + BLOCK_V)).to(tl.int32), 0) > 0:
-        miss = tl.load(miss_ptr + offs_t, mask=mask_t, other=0.0)
-        dz = tl.where(offs_v[None, :] == label[:, None], miss[:, None], dz)
-    dz *= g[:, None]
-    if CAPPED:
-        dz *= 1.0 - t * t
-    inside = mask_t[:, None] & (offs_v[None, :] < v)
-    ptrs = dz_ptr + offs_t.to(tl.int64)[:, None] * stride_dz + offs_v[None, :]
-    tl.store(ptrs, dz.to(dz_ptr.dtype.element_ty), mask=inside)

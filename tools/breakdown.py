@@ -2,7 +2,7 @@
 
 torch's profiler over a few runs of one case; the same command is what to wrap in a hardware profiler:
 
-    ncu --clock-control none --set full -k regex:logps_forward -c 4 -o out \\
+    ncu --clock-control none --set full -k regex:softmax_tile -c 4 -o out \\
         python -m tools.breakdown llama-3-8b@8192-bfloat16-frozen dilkern-triton --runs 1 --plain
 """
 

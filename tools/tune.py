@@ -1,6 +1,6 @@
 """Propose rows for kernels/configs.py on the GPU at hand: `python -m tools.tune`.
 
-For 16-bit inputs it times every candidate tile of `logps_forward` and `dz_tile` at real sizes (tiles
+For 16-bit inputs it times every candidate tile of `softmax_tile` and `dz_tile` at real sizes (tiles
 of which two fit an SM beside larger ones, with and without tensor descriptors), and the library path
 beside them: by hidden size, whether our own product with its fused epilogue (b) beats streaming fp32
 logits from the library's (a). Then the rows of the elementwise kernels. A candidate that does not
@@ -27,12 +27,11 @@ from torch import Tensor
 from benchmarks.environment import begin, beside, default_stem, markdown
 from benchmarks.measure import Plan, interleave, spread, timed
 from dilkern.kernels import configs
-from dilkern.kernels.chunk_softmax import chunk_softmax
 from dilkern.kernels.configs import Rows, Tile
 from dilkern.kernels.dz_tile import dz_tile
 from dilkern.kernels.fold_block import fold_block
-from dilkern.kernels.logps_forward import logps_forward
 from dilkern.kernels.nf4_dequant import Packed4bit, nf4_dequant
+from dilkern.kernels.softmax_tile import softmax_tile
 
 ROWS = {
     "chunk": [Rows(1, 2048, 4), Rows(1, 4096, 4), Rows(1, 8192, 8), Rows(1, 8192, 16)],
@@ -135,12 +134,12 @@ def tune_tiles(
         stats = statistics_of(configs.chunk(device).block)
         wide = dtype.itemsize == 2 and device.type == "cuda" and torch.version.hip is None
         z = torch.mm(h, w.t(), out_dtype=torch.float32) if wide else h.float() @ w.float().t()
-        chunk_softmax(z, labels, zeros, *stats, p, start=0)
+        softmax_tile(z, None, labels, zeros, stats, p, start=0)
         return log_sums(*stats)
 
     def own(tile: Tile) -> Tensor:
         stats = statistics_of(tile.block_v)
-        logps_forward(h, w, labels, zeros, *stats, p, start=0)
+        softmax_tile(h, w, labels, zeros, stats, p, start=0)
         return log_sums(*stats)
 
     def recompute() -> Tensor:
@@ -150,7 +149,7 @@ def tune_tiles(
     candidates, shape = tiles(device, dtype), (n, v, d)
     ours = {tile: using("tile", tile, partial(own, tile)) for tile in candidates}
     again = {tile: using("tile", tile, recompute) for tile in candidates}
-    found = entries("logps_forward", {"library": library} | ours, shape, device, rounds)
+    found = entries("softmax_tile", {"library": library} | ours, shape, device, rounds)
     return found + entries("dz_tile", again, shape, device, rounds)
 
 
@@ -169,15 +168,14 @@ def tune_rows(device: torch.device, n: int, v: int, d: int, rounds: int) -> list
 
     def chunk(row: Rows) -> Tensor:
         stats = torch.empty(2, n, -(-v // row.block), device=device)
-        chunk_softmax(z, labels, zeros, *stats, p, start=0)
+        softmax_tile(z, None, labels, zeros, stats, p, start=0)
         return log_sums(*stats)
 
     def fold(row: Rows) -> Tensor:
         stats = torch.ones(2, n, -(-v // 128), device=device)
-        top = zeros - torch.inf
-        reference, total = top.clone(), zeros.clone()
-        fold_block(*stats, top, total, reference, p, u, tile=128)
-        return total
+        state = torch.stack((zeros - torch.inf, zeros, zeros - torch.inf))
+        fold_block(stats, state, p, u, tile=128)
+        return state[1]
 
     calls = {
         "chunk": chunk,
@@ -206,8 +204,8 @@ def best(found: list[dict[str, Any]], kernels: tuple[str, ...]) -> Any:
 def own_ahead(found: list[dict[str, Any]]) -> dict[int, float]:
     """By hidden size: our best product's time over the library path's."""
     ratios = {}
-    for d in dict.fromkeys(e["d"] for e in found if e["kernel"] == "logps_forward"):
-        mine = [e for e in found if e["kernel"] == "logps_forward" and e["d"] == d]
+    for d in dict.fromkeys(e["d"] for e in found if e["kernel"] == "softmax_tile"):
+        mine = [e for e in found if e["kernel"] == "softmax_tile" and e["d"] == d]
         library = next(e["ms"] for e in mine if e["row"] == "library")
         own = [e["ms"] for e in mine if e["row"] != "library" and e["ms"] is not None]
         if own and library is not None:
@@ -219,7 +217,7 @@ def proposal(found: list[dict[str, Any]], arch: str) -> str:
     """Lines to paste into kernels/configs.py."""
     ratios = own_ahead(found)
     ahead = [d for d in sorted(ratios) if all(ratios[e] < 1 for e in ratios if e <= d)]
-    lines = [f'_TILES_16:      "{arch}": {best(found, ("logps_forward", "dz_tile"))},']
+    lines = [f'_TILES_16:      "{arch}": {best(found, ("softmax_tile", "dz_tile"))},']
     for name in ("chunk", "fold", "decode"):
         lines.append(f"_{name.upper()}_ANY = {best(found, (name,))}")
     lines.append(f'_TILES_UP_TO_D: "{arch}": {ahead[-1] if ahead else 0},')

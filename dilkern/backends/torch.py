@@ -26,9 +26,9 @@ from dilkern.backends.base import (
     weight_block,
 )
 
-# A row's reference is moved when a logit passes it by more than this: exp stays in range in every
+# A row's anchor is moved when a logit passes it by more than this: exp stays in range in every
 # dtype that holds P (fp16: e^8 = 2981), and U is rescaled only rarely.
-REFERENCE_SLACK = 8.0
+ANCHOR_SLACK = 8.0
 
 
 def why_not(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
@@ -121,27 +121,27 @@ class Normalized(NamedTuple):
     """What the sums of one pass come to, per row."""
 
     logps: Tensor  # (n,) log p(label) (5)
-    share: Tensor  # (n,) the factor that makes exp(z - reference) p
+    share: Tensor  # (n,) the factor that makes exp(z - anchor) p
     miss: Tensor  # (n,) 1 - p(label)
     lse: Tensor  # (2, n)
 
 
 def normalize(
     z_y: Tensor,  # (n,) logits of the labels
-    total: Tensor,  # (n,) sum over wrong words of exp(z - reference)
-    reference: Tensor,  # (n,)
+    total: Tensor,  # (n,) sum over wrong words of exp(z - anchor)
+    anchor: Tensor,  # (n,)
 ) -> Normalized:
     """Turn the sums of a pass into log-probs, without overflow or cancellation (5).
 
     The log-sum-exp stays a pair, peak and log-sum: exp(z - lse) in backward has the error of lse, and
     a large lse rounded once is off by more than the logits are.
     """
-    lead = z_y - reference
+    lead = z_y - anchor
     ahead = lead > 0
     small = (-lead.abs()).exp()
     over, rest = torch.log1p(total * small), torch.log(total + small)
     share = torch.where(ahead, small / (1 + total * small), 1 / (total + small))
-    lse = torch.stack((torch.where(ahead, z_y, reference), torch.where(ahead, over, rest)))
+    lse = torch.stack((torch.where(ahead, z_y, anchor), torch.where(ahead, over, rest)))
     return Normalized(torch.where(ahead, -over, lead - rest), share, total * share, lse)
 
 
@@ -164,8 +164,8 @@ def forward(
     u = hidden.new_empty(n_tokens if need_u else 0, width, dtype=u_dtype)
     for kept in row_blocks(0, n_tokens, blocks.kept):
         y = labels[kept]
-        reference = u.new_full(y.shape, -torch.inf, dtype=acc)  # near the largest wrong logit
-        total = torch.zeros_like(reference)  # sum over wrong words of exp(z - reference)
+        anchor = u.new_full(y.shape, -torch.inf, dtype=acc)  # near the largest wrong logit
+        total = torch.zeros_like(anchor)  # sum over wrong words of exp(z - anchor)
         # The same sum of p * w.
         mean_w = u[kept].zero_() if u.dtype is acc else torch.zeros_like(u[kept], dtype=acc)
         parts = list(row_blocks(0, y.numel(), blocks.rows))
@@ -176,8 +176,8 @@ def forward(
                 z, slope = _block_logits(states(part), weight, head, start, end, acc, need_u)
                 _replace_targets(z, y[part], start, -torch.inf)
                 top = z.amax(1).clamp_min_(torch.finfo(acc).min)
-                old = reference[part]
-                moved = torch.where(top > old + REFERENCE_SLACK, top, old)
+                old = anchor[part]
+                moved = torch.where(top > old + ANCHOR_SLACK, top, old)
                 decay = (old - moved).exp_()
                 old.copy_(moved)
                 p = z.sub_(moved.unsqueeze(1)).exp_()
@@ -192,7 +192,7 @@ def forward(
             w_y = head.gather(y[part], hidden.dtype)
             z_y, slope_y = _target_logits(states(part), w_y, y[part], head, acc)
             logps[kept][part], share, miss, lse[:, kept][:, part] = normalize(
-                z_y, total[part], reference[part]
+                z_y, total[part], anchor[part]
             )
             if need_u:
                 if slope_y is not None:

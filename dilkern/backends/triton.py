@@ -1,8 +1,8 @@
 """The triton backend: the same pass over the vocabulary with the kernels of `dilkern.kernels`.
 
-A block of P comes either from our own product (`logps_forward`: logits never in memory) or from a
-library product and `chunk_softmax`; `configs.own_product` says which, never need_u. Equation
-numbers refer to docs/math.md, the scheme of references to docs/kernels.md.
+The products behind a block of P are our own (logits never in memory) or a library's;
+`configs.own_product` says which, never need_u. Equation numbers refer to docs/math.md, the scheme of
+exponents and anchors is in kernels/tile_math.py.
 n tokens in work, N scored tokens, v words in work, V vocabulary, D hidden size.
 """
 
@@ -30,13 +30,11 @@ from dilkern.backends.base import (
     wide_products,
 )
 from dilkern.kernels import configs
-from dilkern.kernels.chunk_dz import chunk_dz
-from dilkern.kernels.chunk_softmax import chunk_softmax
 from dilkern.kernels.dz_tile import dz_tile
 from dilkern.kernels.finish_rows import finish_rows
 from dilkern.kernels.fold_block import fold_block
-from dilkern.kernels.logps_forward import logps_forward
 from dilkern.kernels.operands import aligned, on_device
+from dilkern.kernels.softmax_tile import softmax_tile
 
 
 def _interprets_bf16() -> bool:
@@ -151,10 +149,10 @@ def _pass(
 ) -> None:
     """Take all words past the rows that are kept."""
     n, width, dtype, bias = rows.numel(), hidden.shape[1], hidden.dtype, head.bias()
-    # Sum over wrong words of exp(z) = total 2^top, and of exp(z) slope w = sums 2^reference.
+    # The fields of tile_math.State, and the sum over wrong words of exp(z) slope w / 2^anchor.
     state = hidden.new_full((3, n), -torch.inf, dtype=torch.float32)
-    top, total, reference = state.unbind()
-    total.zero_()
+    state[1].zero_()
+    anchor = state[2]
     sums = u.zero_() if u.dtype is torch.float32 else torch.zeros_like(u, dtype=torch.float32)
     config = configs.tile(hidden.device, dtype)
     tile = config.block_v if own else configs.chunk(hidden.device).block
@@ -171,18 +169,15 @@ def _pass(
             tiles = triton.cdiv(end - start, tile)
             partial = h.new_empty(2, count, tiles, dtype=torch.float32)
             held = count if need_u else 0  # rows of P
-            if own:
-                p = _rows_of(h, held, end - start, dtype)
-                logps_forward(h, weight, y, reference[part], *partial, p, **settings)
-            else:
-                z = matmul(h, weight.t(), torch.float32)
-                p = z[:held] if dtype is z.dtype else _rows_of(h, held, end - start, dtype)
-                chunk_softmax(z, y, reference[part], *partial, p, **settings)
-                del z
-            fold_block(*partial, top[part], total[part], reference[part], p, sums[part], tile=tile)
+            a, w = (h, weight) if own else (matmul(h, weight.t(), torch.float32), None)
+            in_place = a.dtype is dtype and not own
+            p = a[:held] if in_place else _rows_of(h, held, end - start, dtype)
+            softmax_tile(a, w, y, anchor[part], partial, p, **settings)
+            del a
+            fold_block(partial, state[:, part], p, sums[part], tile=tile)
             if need_u:
                 add_matmul(sums[part], p, weight[:, :width])
-            del h, p, partial
+            del h, w, p, partial
         del weight
     for part in parts:
         w_y = head.gather(labels[part], dtype)
@@ -238,14 +233,11 @@ def head_backward(
             h = states(part)
             per_row = (labels[part], lse[:, part], miss[part], g[part])
             with on_device(hidden):
-                if own:
-                    dz = _rows_of(h, h.shape[0], end - start, dtype)
-                    dz_tile(h, weight, *per_row, dz, **settings)
-                else:
-                    z = matmul(h, weight.t(), torch.float32)
-                    dz = z if dtype is z.dtype else _rows_of(h, h.shape[0], end - start, dtype)
-                    chunk_dz(z, *per_row, dz, **settings)
-                    del z
+                a, w = (h, weight) if own else (matmul(h, weight.t(), torch.float32), None)
+                in_place = a.dtype is dtype and not own
+                dz = a if in_place else _rows_of(h, h.shape[0], end - start, dtype)
+                dz_tile(a, w, *per_row, dz, **settings)
+                del a, w
             if bias is not None:
                 d_bias += dz.sum(0, dtype=torch.float32)
             if d_weight.shape[1]:

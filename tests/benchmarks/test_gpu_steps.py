@@ -189,12 +189,12 @@ def test_tune_proposes_the_fastest_row_over_all_sizes() -> None:
         return {"kernel": kernel, "row": row, "d": d, "ms": ms, "failed": "" if ms else "why"}
 
     found = [
-        *(entry("logps_forward", "library", d, ms) for d, ms in ((1024, 2.0), (2048, 3.0))),
-        *(entry("logps_forward", "x", d, ms) for d, ms in ((1024, 1.0), (2048, None))),
-        *(entry("logps_forward", "y", d, ms) for d, ms in ((1024, 1.5), (2048, 4.0))),
+        *(entry("softmax_tile", "library", d, ms) for d, ms in ((1024, 2.0), (2048, 3.0))),
+        *(entry("softmax_tile", "x", d, ms) for d, ms in ((1024, 1.0), (2048, None))),
+        *(entry("softmax_tile", "y", d, ms) for d, ms in ((1024, 1.5), (2048, 4.0))),
         *(entry(name, "z", 1024, 1.0) for name in ("chunk", "fold", "decode")),
     ]
-    assert tune.best(found, ("logps_forward",)) == "y"
+    assert tune.best(found, ("softmax_tile",)) == "y"
     assert tune.own_ahead(found) == {1024: 0.5, 2048: pytest.approx(4 / 3)}
     text = tune.proposal(found, "sm_90")
     assert '"sm_90": y,' in text and '_TILES_UP_TO_D: "sm_90": 1024,' in text

@@ -39,7 +39,7 @@ def form(request, monkeypatch):
 
 @pytest.fixture(params=["library", "own-pointers", "own-descriptors"])
 def path(request, monkeypatch):
-    """Every way to P: the library product with chunk_softmax, and our own product in both forms."""
+    """Every way to P: the library product in memory, and our own product in both forms."""
     from dilkern.kernels import configs
 
     monkeypatch.setattr(configs, "own_product", lambda *_: request.param != "library")

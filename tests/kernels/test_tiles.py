@@ -6,13 +6,11 @@ import torch
 from guard import guarded
 
 from dilkern.kernels import configs
-from dilkern.kernels.chunk_dz import chunk_dz
-from dilkern.kernels.chunk_softmax import chunk_softmax
 from dilkern.kernels.dz_tile import dz_tile
 from dilkern.kernels.finish_rows import finish_rows
 from dilkern.kernels.fold_block import fold_block
-from dilkern.kernels.logps_forward import logps_forward
 from dilkern.kernels.nf4_dequant import Packed4bit, nf4_dequant
+from dilkern.kernels.softmax_tile import softmax_tile
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OPTIONS = [{}, {"scale": 0.6, "softcap": 4.0}]
@@ -45,22 +43,19 @@ def test_p_and_statistics(dtype, shape, options, path):
     h, w, bias, labels, start = make(shape, dtype)
     tile = configs.tile(CPU, dtype).block_v if own else configs.chunk(CPU).block
     tiles = -(-v // tile)
-    exponents, intact_e = guarded(n, tiles)
-    sums, intact_s = guarded(n, tiles)
+    partial, intact_s = guarded(2, n, tiles)
+    exponents, sums = partial
     p, intact_p = guarded(n, v, dtype=dtype)
-    # Rows whose reference is unset, too low, near enough, and too high.
-    reference = torch.tensor([-float("inf"), -40.0, 3.0, 60.0]).repeat(n)[:n]
+    # Rows whose anchor is unset, too low, near enough, and too high.
+    anchor = torch.tensor([-float("inf"), -40.0, 3.0, 60.0]).repeat(n)[:n]
     settings = {"start": start, "bias": bias, **options}
 
     def launch(p):
-        if own:
-            logps_forward(h, w, labels, reference, exponents, sums, p, **settings)
-        else:
-            z = h.float() @ w.float().T
-            chunk_softmax(z, labels, reference, exponents, sums, p, **settings)
+        source = (h, w) if own else (h.float() @ w.float().T, None)
+        softmax_tile(*source, labels, anchor, partial, p, **settings)
 
     launch(p)
-    for intact in (intact_e, intact_s, intact_p):
+    for intact in (intact_s, intact_p):
         intact()
     z = logits_of(h.double(), w.double(), bias.double(), **options)
     slope = 1 - (z / options["softcap"]).square() if options else torch.ones_like(z)
@@ -78,8 +73,8 @@ def test_p_and_statistics(dtype, shape, options, path):
         assert (e == e.round()).all() and ((e - peak[some] / 0.6931471805599453).abs() < 1.01).all()
         truth = z[some][:, part].exp().sum(1)
         torch.testing.assert_close(sums[some, k].double() * e.exp2(), truth, rtol=3e-5, atol=0)
-        low = e > reference[some] + 11
-        used = torch.where(low, e, reference[some].double())
+        low = e > anchor[some] + 11
+        used = torch.where(low, e, anchor[some].double())
         expected = z[some][:, part].exp() * slope[some][:, part] * (-used).exp2()[:, None]
         tolerance = {"rtol": 2 * torch.finfo(dtype).eps + 3e-5, "atol": 1e-7}
         torch.testing.assert_close(p[some][:, part].double(), expected, **tolerance)
@@ -96,9 +91,10 @@ def test_exponentials_keep_their_digits_at_large_logits(size):
     n, v = 64, 100
     z = size * (1 + torch.rand(n, 1)) + torch.randn(n, v)
     exact, labels = z.double(), torch.full((n,), v)
-    exponents, sums = torch.zeros(2, n, 1).unbind()
-    p, reference = torch.zeros(n, v), torch.full((n,), -float("inf"))
-    chunk_softmax(z, labels, reference, exponents, sums, p, start=0)
+    partial = torch.zeros(2, n, 1)
+    exponents, sums = partial
+    p, anchor = torch.zeros(n, v), torch.full((n,), -float("inf"))
+    softmax_tile(z, None, labels, anchor, partial, p, start=0)
     base = exponents.double() * 0.6931471805599453
     tolerance = {"rtol": 2e-6, "atol": 1e-9}
     torch.testing.assert_close(p.double(), (exact - base).exp(), **tolerance)
@@ -106,7 +102,7 @@ def test_exponentials_keep_their_digits_at_large_logits(size):
     lse = exact.logsumexp(1)
     parts = torch.stack((lse.float(), (lse - lse.float().double()).float()))
     ones = torch.ones(n)
-    chunk_dz(z, labels, parts, ones, ones, p, start=0)
+    dz_tile(z, None, labels, parts, ones, ones, p, start=0)
     torch.testing.assert_close(-p.double(), exact.softmax(1), **tolerance)
 
 
@@ -122,10 +118,8 @@ def test_dz(dtype, shape, options, path):
     parts = torch.stack((high, (lse - high).float()))
     dz, intact = guarded(n, v, dtype=dtype)
     settings = {"start": start, "bias": bias, **options}
-    if configs.own_product():
-        dz_tile(h, w, labels, parts, miss, g, dz, **settings)
-    else:
-        chunk_dz(h.float() @ w.float().T, labels, parts, miss, g, dz, **settings)
+    source = (h, w) if configs.own_product() else (h.float() @ w.float().T, None)
+    dz_tile(*source, labels, parts, miss, g, dz, **settings)
     intact()
     expected = -(z - lse[:, None]).exp()
     local = labels - start
@@ -188,8 +182,8 @@ def test_finished_rows(dtype, shape, options, budget):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 8), (5, 150, 40), (70, 300, 24)], ids=str)
-def test_fold_brings_p_and_u_to_one_reference(dtype, shape):
-    """Whatever tiles P was written against, P 2^reference and U 2^reference keep their values."""
+def test_fold_brings_p_and_u_to_one_anchor(dtype, shape):
+    """Whatever tiles P was written against, P 2^anchor and U 2^anchor keep their values."""
     torch.manual_seed(0)
     n, v, d = shape
     tile = 32
@@ -198,7 +192,8 @@ def test_fold_brings_p_and_u_to_one_reference(dtype, shape):
     exponents[torch.rand(n, tiles) < 0.1] = -float("inf")
     sums = torch.rand(n, tiles) * (exponents > -float("inf"))
     old = torch.tensor([-float("inf"), -3.0, 5.0, 30.0]).repeat(n)[:n]
-    top, total = old.clone(), torch.rand(n) * (old > -float("inf"))
+    state = torch.stack((old, torch.rand(n) * (old > -float("inf")), old))
+    top, total, anchor = state
     local = torch.where(exponents > old[:, None] + 11, exponents, old[:, None])
     wide = local.repeat_interleave(tile, 1)[:, :v]
     p, intact_p = guarded(n, v, dtype=dtype)
@@ -210,21 +205,20 @@ def test_fold_brings_p_and_u_to_one_reference(dtype, shape):
     value = total.double() * top.double().exp2() + (sums.double() * exponents.double().exp2()).sum(
         1
     )
-    reference = old.clone()
-    alone = [x.clone() for x in (top, total, reference)]
-    fold_block(exponents, sums, top, total, reference, p, u, tile=tile)
+    alone, partial = state.clone(), torch.stack((exponents, sums))
+    fold_block(partial, state, p, u, tile=tile)
     intact_p()
     intact_u()
     assert torch.equal(top, torch.maximum(old, exponents.amax(1)))
     torch.testing.assert_close(total.double() * top.double().exp2(), value, rtol=1e-6, atol=0)
-    assert ((top - reference) <= 11).all() and (reference <= top).all()
-    scale = reference.double().exp2()[:, None]
-    # fp16 loses what falls under its smallest subnormal, 2^-24 of the reference; so atol.
+    assert ((top - anchor) <= 11).all() and (anchor <= top).all()
+    scale = anchor.double().exp2()[:, None]
+    # fp16 loses what falls under its smallest subnormal, 2^-24 of the anchor; so atol.
     torch.testing.assert_close(
         p.double() * scale, value_p, rtol=1e-6, atol=2**-24 * scale.max().item()
     )
     torch.testing.assert_close(u.double() * scale, value_u, rtol=1e-6, atol=0)
-    fold_block(exponents, sums, *alone, p.new_empty(0, v), u.new_empty(0, d), tile=tile)
+    fold_block(partial, alone, p.new_empty(0, v), u.new_empty(0, d), tile=tile)
     assert torch.equal(alone[0], top) and torch.equal(alone[1], total)
 
 
@@ -248,12 +242,11 @@ def test_offsets_past_2_to_the_31(form):
     h.copy_(near_h)
     w.copy_(near_w)
     p = p[:, :4]
-    labels, reference = torch.tensor([0, 1, 2, 3]), torch.zeros(4)
-    exponents, sums = torch.zeros(4, 1), torch.zeros(4, 1)
-    logps_forward(h, w, labels, reference, exponents, sums, p, start=0)
-    other_e, other_s, other_p = exponents.clone(), sums.clone(), torch.zeros(4, 4).half()
-    logps_forward(near_h, near_w, labels, reference, other_e, other_s, other_p, start=0)
-    assert torch.equal(sums, other_s) and torch.equal(p, other_p) and other_p.abs().sum() > 0
+    labels, anchor = torch.tensor([0, 1, 2, 3]), torch.zeros(4)
+    (partial, other), other_p = torch.zeros(2, 2, 4, 1).unbind(), torch.zeros(4, 4).half()
+    softmax_tile(h, w, labels, anchor, partial, p, start=0)
+    softmax_tile(near_h, near_w, labels, anchor, other, other_p, start=0)
+    assert torch.equal(partial, other) and torch.equal(p, other_p) and other_p.abs().sum() > 0
     state, (far, near) = torch.ones(3, 4), torch.zeros(2, 3, 4).unbind()
     u_far, u_near = torch.zeros(2, 4, 16).unbind()
     finish_rows(h, w, labels, state, u_far, far[0], far[1:], u_far)
@@ -265,7 +258,7 @@ def test_offsets_past_2_to_the_31(form):
     dz_tile(near_h, near_w, labels, parts, lse, lse, other_p, start=0)
     assert torch.equal(p, other_p)
     p.zero_()
-    chunk_dz((near_h @ near_w.T).float(), labels, parts, lse, lse, p, start=0)
+    dz_tile((near_h @ near_w.T).float(), None, labels, parts, lse, lse, p, start=0)
     torch.testing.assert_close(p, other_p)
 
 
