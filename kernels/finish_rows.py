@@ -16,7 +16,7 @@ from dilkern.kernels.tile_math import LN2, LN2_HIGH, LN2_LOW, State, exp, log1p,
 
 @triton.jit(do_not_specialize=["n", "store_u"])
 def _finish_rows_kernel(
-    h_ptr,  # (n, d)
+    hidden_ptr,  # (n, d)
     w_ptr,  # (n, d) rows of the head that belong to the labels
     labels_ptr,  # (n,)
     transform,  # bias (V,)
@@ -28,7 +28,7 @@ def _finish_rows_kernel(
     u_ptr,  # (n, d) out, if store_u; may be sums_ptr
     n,
     d,
-    stride_h,
+    stride_hidden,
     stride_w,
     stride_sums,
     stride_u,
@@ -44,7 +44,7 @@ def _finish_rows_kernel(
     for k in tl.range(0, d, BLOCK_D):
         offs_d = k + tl.arange(0, BLOCK_D)[None, :]
         inside = mask_t[:, None] & (offs_d < d)
-        h = tl.load(h_ptr + rows * stride_h + offs_d, mask=inside, other=0.0)
+        h = tl.load(hidden_ptr + rows * stride_hidden + offs_d, mask=inside, other=0.0)
         w = tl.load(w_ptr + rows * stride_w + offs_d, mask=inside, other=0.0)
         acc += h.to(tl.float32) * w.to(tl.float32)
     raw = tl.sum(acc, 1)
@@ -85,26 +85,26 @@ def _finish_rows_kernel(
 
 
 def finish_rows(
-    h: Tensor,  # (n, D)
+    hidden: Tensor,  # (n, D)
     w_y: Tensor,  # (n, D) rows of the head for the labels
     labels: Tensor,  # (n,)
     state: Tensor,  # (3, n) fp32, the fields of `State`
     sums: Tensor,  # (n, D) fp32, sum over wrong words of P w; or (0, D): no u
     logps: Tensor,  # (n,) fp32, written
     lse: Tensor,  # (2, n) fp32, written: peak, and log of the sum of exp(z - peak)
-    u: Tensor,  # (n, D) written, d logp / d h; may be `sums` itself; or (0, D)
+    u: Tensor,  # (n, D) written, d logp / d hidden; may be `sums` itself; or (0, D)
     *,
     bias: Tensor | None = None,  # (V,)
     scale: float = 1.0,
     softcap: float = 0.0,
 ) -> None:
     """Take the label into the sums of the wrong words: log-prob (5), log-sum-exp, and u (6)."""
-    n, d = h.shape
+    n, d = hidden.shape
     assert logps.stride(0) == lse.stride(1) == state.stride(1) == sums.stride(1) == u.stride(1) == 1
-    h, w_y = dense_rows(h), dense_rows(w_y)
-    config = configs.dot(h.device)
+    hidden, w_y = dense_rows(hidden), dense_rows(w_y)
+    config = configs.dot(hidden.device)
     _finish_rows_kernel[(triton.cdiv(n, config.block_t),)](
-        h_ptr=h,
+        hidden_ptr=hidden,
         w_ptr=w_y,
         labels_ptr=dense(labels),
         transform=transform_of(bias, scale, softcap),
@@ -116,7 +116,7 @@ def finish_rows(
         u_ptr=u,
         n=n,
         d=d,
-        stride_h=h.stride(0),
+        stride_hidden=hidden.stride(0),
         stride_w=w_y.stride(0),
         stride_sums=sums.stride(0),
         stride_u=u.stride(0),

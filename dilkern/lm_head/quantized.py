@@ -26,7 +26,7 @@ from dilkern.validation import FLOAT_DTYPES, name_of, reject
 
 _DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES}
 # A block is decoded in quarters, so that the temporaries (some 10 bytes per element) stay within
-# the 12 bytes per element that plan_blocks counts; pieces under this size are not worth cutting.
+# the 12 bytes per element that the torch backend counts; pieces under this size are not worth cutting.
 _LEAST_PIECE = 1 << 16
 
 
