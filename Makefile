@@ -37,6 +37,7 @@ test: install
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -m "not fuzz"
 	TRITON_INTERPRET=1 $(BIN)/pytest -m "not gpu" --backend triton \
 	  tests/core/test_linear_logps.py tests/core/test_fused_loss.py tests/core/test_strided.py \
+	  tests/core/test_passes.py \
 	  tests/heads/test_packed_head.py tests/heads/test_dense_head.py
 	TRITON_INTERPRET=1 $(BIN)/pytest -m gpu tests/gpu
 	$(BIN)/pytest tests/dry_run

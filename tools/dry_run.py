@@ -1,7 +1,7 @@
 """A dry run of the GPU without a GPU: the launchers' own launches, compiled, read and judged.
 
     python tools/dry_run.py                     # every architecture; status 1 if anything is wrong
-    python tools/dry_run.py --arch sm_90 --kernel chunk_softmax
+    python tools/dry_run.py --arch sm_90 --kernel softmax_tile
     python tools/dry_run.py --write             # the table and that of docs/kernels.md anew
     python tools/dry_run.py --docs              # that of docs/kernels.md alone
 
@@ -102,7 +102,8 @@ EVEN = [(4096, 128256, 1024), (2048, 128256, 4096)]
 class Case(NamedTuple):
     """One call of the backend or of a small op."""
 
-    kind: str  # dense, own (dense, with our own product in any case), lora, decode or sequence
+    kind: str  # dense, own (dense, with our own product in any case), tile (own, with the
+    # candidates of 256 words), lora, decode or sequence
     dtype: str
     variant: str
     shape: tuple[int, ...]  # (T, V, D), (V, D, blocksize) or (S, T)
@@ -130,6 +131,7 @@ def cases() -> Iterator[Case]:
         # An architecture may leave our own product to those who measured it: it must be fit to run.
         for shape in (RAGGED[2], EVEN[0]):
             yield Case("own", "bfloat16", variant, shape, quick=both)
+    yield Case("tile", "bfloat16", "plain", EVEN[0])
     for dtype in ("bfloat16", "float32"):
         yield Case("lora", dtype, "plain", (300, 32000, 1024), quick=dtype == "bfloat16")
     for variant in ("flat", "nested"):
@@ -220,9 +222,23 @@ def _run_own(case: Case) -> Iterator[str]:
         yield from _run_op(case)
 
 
+def _run_tiles(case: Case) -> Iterator[str]:
+    """The candidates that load least per product, where a program may take a whole SM."""
+    from dilkern.kernels import configs
+
+    row = configs.tile(torch.device("cuda"), torch.bfloat16)
+    for tile in configs.CANDIDATES if row.descriptors else ():
+        if tile.block_v == 256:
+            chosen = tile._replace(descriptors=True)
+            with mock.patch.object(configs, "tile", lambda *_, tile=chosen: tile):
+                for part in _run_own(case):
+                    yield f"{part} {tile}"
+
+
 RUN = {
     "dense": _run_op,
     "own": _run_own,
+    "tile": _run_tiles,
     "lora": _run_op,
     "decode": _run_decode,
     "sequence": _run_sequence,
@@ -617,9 +633,12 @@ def tabulate(found: Iterable[tuple[Seen, Compiled | str]]) -> list[Row]:
             continue
         launch = seen.launch
         kernel = launch.function.__name__.strip("_").removesuffix("_kernel")
+        if "w" in launch.source[0]:  # a tile kernel: whose products it takes
+            kernel += " (library)" if launch.source[0]["w"] == "constexpr" else " (own)"
         rows = "even" if seen.matrices <= seen.wide.keys() else "ragged"
         for case in seen.cases:
-            key = (launch.arch, kernel, case.dtype, case.variant, rows)
+            variant = "256 words" if case.kind == "tile" else case.variant
+            key = (launch.arch, kernel, case.dtype, variant, rows)
             groups[key][launch.key] = compiled
     table = []
     for key, group in groups.items():

@@ -16,7 +16,7 @@ from dilkern.lm_head import Adapter, DenseHead, EightBitHead, FourBit, FourBitHe
 
 S, L, V, D, RANK = 4, 3, 40, 24, 3
 T = S * L
-BLOCKS = base.Blocks(32, 32)  # two blocks of words
+BLOCKS = base.Blocks(32, 32, 32)  # two blocks of words
 BOUNDS = [0, 4, 4, 7, T]
 F32, BF16 = torch.float32, torch.bfloat16
 
