@@ -82,10 +82,10 @@ def fold_block(
 ) -> None:
     """Update the rows' state by one vocabulary block."""
     _, n, tiles = partial.shape
-    assert partial.is_contiguous() and state.stride(1) == p.stride(1) == u.stride(1) == 1
+    assert state.stride(1) == p.stride(1) == u.stride(1) == 1
     config = configs.fold(partial.device)
     _fold_block_kernel[(triton.cdiv(n, config.block_t),)](
-        partial=Partial(*partial),
+        partial=Partial(*partial.contiguous()),
         state=State(*state),
         p_ptr=p,
         u_ptr=u,

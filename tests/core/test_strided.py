@@ -259,47 +259,38 @@ CASES = {
 def kernel_cases():
     """The launchers by themselves; what they write in place has the layout that they ask for."""
     from dilkern.kernels import configs, h_functions
-    from dilkern.kernels.chunk_dz import chunk_dz
-    from dilkern.kernels.chunk_softmax import chunk_softmax
     from dilkern.kernels.dz_tile import dz_tile
+    from dilkern.kernels.finish_rows import finish_rows
     from dilkern.kernels.fold_block import fold_block
-    from dilkern.kernels.logps_forward import logps_forward
     from dilkern.kernels.nf4_dequant import Packed4bit, nf4_dequant
     from dilkern.kernels.sequence_loss import sequence_loss
-    from dilkern.kernels.target_logit import target_logit
+    from dilkern.kernels.softmax_tile import softmax_tile
 
     n, words, cpu = 9, 40, torch.device("cpu")
     settings = {"start": 10, "scale": 0.7, "softcap": 5.0}
     z = floats(n, words)
 
-    def softmax(product, tile):
-        def call(labels, reference, bias, backend, **operands):
-            tiles = -(-words // tile)
-            written = torch.zeros(n, tiles), torch.zeros(n, tiles), torch.zeros(n, words)
-            parts = operands.values() or [z]
-            product(*parts, labels, reference, *written, bias=bias, **settings)
-            return written, None
+    def softmax(labels, anchor, bias, backend, h=z, w=None):
+        tile = configs.chunk(cpu).block if w is None else configs.tile(cpu, F32).block_v
+        written = torch.zeros(2, n, -(-words // tile)), torch.zeros(n, words)
+        softmax_tile(h, w, labels, anchor, *written, bias=bias, **settings)
+        return written, None
 
-        return call
-
-    def dz(product):
-        def call(labels, lse, miss, g, bias, backend, **operands):
-            out = torch.zeros(n, words)
-            product(*(operands.values() or [z]), labels, lse, miss, g, out, bias=bias, **settings)
-            return [out], None
-
-        return call
-
-    def fold(exponents, sums, backend):
-        top, total, reference = torch.zeros(n), torch.ones(n), torch.zeros(n)
-        p, u = z.clone(), z.clone()
-        fold_block(exponents, sums, top, total, reference, p, u, tile=32)
-        return [top, total, reference, p, u], None
-
-    def own_logit(h, w, bias, backend):
-        out = torch.zeros(n)
-        target_logit(h, w, out, bias=bias, scale=0.7, softcap=5.0)
+    def dz(labels, lse, miss, g, bias, backend, h=z, w=None):
+        out = torch.zeros(n, words)
+        dz_tile(h, w, labels, lse, miss, g, out, bias=bias, **settings)
         return [out], None
+
+    def fold(partial, backend):
+        state, p, u = torch.ones(3, n), z.clone(), z.clone()
+        fold_block(partial, state, p, u, tile=32)
+        return [state, p, u], None
+
+    def finish(h, w, labels, bias, backend):
+        state, logps, lse = torch.ones(3, n), torch.zeros(n), torch.zeros(2, n)
+        u = torch.ones(n, D)
+        finish_rows(h, w, labels, state, u, logps, lse, u, bias=bias, scale=0.7, softcap=5.0)
+        return [logps, lse, u], None
 
     def decode(packed, code, absmax, backend, code2=None, absmax2=None, shift2=None, ids=None):
         weight = Packed4bit(packed, code, absmax, 32, D, code2, absmax2, 32, shift2)
@@ -313,22 +304,24 @@ def kernel_cases():
         ), None
 
     rows = {"labels": torch.randint(0, 60, (n,)), "bias": floats(words)}
-    state = {**rows, "reference": floats(n).round()}
+    state = {**rows, "anchor": floats(n).round()}
     slopes = {**rows, "lse": floats(2, n) + 6, "miss": torch.rand(n), "g": floats(n)}
     operands = {"h": floats(n, D), "w": floats(words, D)}
     tokens = {
         "logps": -torch.rand(T), "scored": torch.rand(T) < 0.8, "bounds": torch.tensor(BOUNDS),
         "is_chosen": side(), "factor": torch.rand(S),
     }  # fmt: skip
-    tile, chunk = configs.tile(cpu, F32).block_v, configs.chunk(cpu).block
     ids = {"ids": torch.randint(0, V, (n,))}
     return {
-        "chunk_softmax": Case(softmax(chunk_softmax, chunk), state),
-        "logps_forward": Case(softmax(logps_forward, tile), {**operands, **state}),
-        "chunk_dz": Case(dz(chunk_dz), slopes),
-        "dz_tile": Case(dz(dz_tile), {**operands, **slopes}),
-        "fold_block": Case(fold, {"exponents": floats(n, 3).round(), "sums": torch.rand(n, 3)}),
-        "target_logit": Case(own_logit, {**operands, "w": floats(n, D), "bias": floats(n)}),
+        "softmax_tile-library": Case(softmax, state),
+        "softmax_tile": Case(softmax, {**operands, **state}),
+        "dz_tile-library": Case(dz, slopes),
+        "dz_tile": Case(dz, {**operands, **slopes}),
+        "fold_block": Case(fold, {"partial": floats(2, n, 3).round()}),
+        "finish_rows": Case(
+            finish,
+            {**operands, **rows, "w": floats(n, D), "labels": torch.randint(0, words, (n,))},
+        ),
         "nf4_dequant": Case(decode, {**four_bit_parts(False), **ids}),
         "nf4_dequant-nested": Case(decode, four_bit_parts(True)),
         "sequence_loss": Case(
