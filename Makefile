@@ -28,19 +28,19 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 demo: install
 	$(BIN)/python examples/demo.py $(if $(DATA),--data $(DATA))
 
-# Kernels run in Triton's interpreter, which must be chosen before Triton is imported, and their
-# launches are compiled for sm_90, which the interpreter forbids: hence several processes. The tests
-# of the op and of the heads run once more with --backend triton. The GPU's tests run at small sizes in
-# the interpreter, so that none of them fails on a GPU by an error of its own.
+# Kernels run in Triton's interpreter, which must be chosen before Triton is imported, and are
+# compiled without a GPU, which the interpreter forbids: hence several processes. The tests of the op
+# and of the heads run once more with --backend triton; those for a GPU run their Python here.
+JOBS   ?= 2
+PYTEST := $(BIN)/pytest --durations=15
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not gpu" --ignore=tests/kernels --ignore=tests/dry_run
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -m "not fuzz"
-	TRITON_INTERPRET=1 $(BIN)/pytest -m "not gpu" --backend triton \
+	HF_HUB_OFFLINE=1 $(PYTEST) -n $(JOBS) -m "not gpu" --ignore=tests/kernels --ignore=tests/dry_run
+	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) tests/kernels -m "not fuzz"
+	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) -m "not gpu" --backend triton \
 	  tests/core/test_linear_logps.py tests/core/test_fused_loss.py tests/core/test_strided.py \
-	  tests/core/test_passes.py \
-	  tests/heads/test_packed_head.py tests/heads/test_dense_head.py
-	TRITON_INTERPRET=1 $(BIN)/pytest -m gpu tests/gpu
-	$(BIN)/pytest tests/dry_run
+	  tests/core/test_passes.py tests/heads/test_packed_head.py tests/heads/test_dense_head.py
+	HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) -m gpu tests/gpu
+	$(PYTEST) tests/dry_run
 
 # Kernels on the GPU at hand, at real sizes. Without a network, with the machine's own torch and pytest:
 # make -o install gpu BIN=$$(dirname $$(command -v python3))

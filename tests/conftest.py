@@ -10,7 +10,7 @@ from budget import Budget
 
 from dilkern.backends import base
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # pytest -n takes the other cores
 if interpreter.INTERPRET:
     interpreter.repair_bf16()
 

@@ -44,7 +44,7 @@ def _plan(
     head_gradient: bool = False,
 ) -> Blocks:
     # CPU: 1024 x 4096 fp32 logits (16 MiB) stay near the cache; larger blocks gained nothing
-    # (docs/log.md). GPU: long products, bounded by the workspace alone.
+    # (docs/dev/log.md). GPU: long products, bounded by the workspace alone.
     cap = (1024, 4096) if hidden.device.type == "cpu" else (4096, 1 << 30)
     width, size = hidden.shape[1], accumulation_dtype(hidden.dtype).itemsize
     bytes_per = Bytes(
