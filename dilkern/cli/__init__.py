@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 import warnings
 
@@ -57,6 +58,9 @@ def main(words: list[str] | None = None) -> None:
         if package not in _EXTRAS:
             raise
         sys.exit(_failed(f"this command needs {package}: pip install 'dilkern[train]'"))
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted; --resume goes on from the newest checkpoint", file=sys.stderr)
         sys.exit(130)

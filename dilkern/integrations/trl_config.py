@@ -123,6 +123,8 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
                 "Enter a loss of your own first: dilkern.losses.LOSSES[loss.name] = loss.",
             )
         entry = get_loss(loss_type, argument="loss_type")
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # transformers wants to be told before it takes bf16 there
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _has_bf16(self.use_cpu)
         if self.learning_rate is None and self.deepspeed:

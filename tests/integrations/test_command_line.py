@@ -235,6 +235,9 @@ def test_bf16_is_the_default_where_the_hardware_has_it(tmp_path, monkeypatch):
     for able in (True, False):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
         assert DILConfig(str(tmp_path), use_cpu=True).bf16 is able
+        # A machine without an accelerator need not be told that it has none.
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        assert DILConfig(str(tmp_path)).use_cpu and DILConfig(str(tmp_path)).bf16 is able
 
 
 VARIANTS = {
