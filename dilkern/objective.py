@@ -6,7 +6,6 @@ f is the log-ratio of a sequence, x = beta f, m = beta (f_chosen - f_rejected). 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from dilkern.curves import extended, on_extension, smoothed
 from dilkern.losses import Loss, get_loss, merge_params
-from dilkern.options import LossKeywords, LossOptions, Unpack, check_option_names
+from dilkern.options import DEFAULTS, LossKeywords, LossOptions, Unpack, check_option_names
 from dilkern.validation import check_bool, check_positive, is_number, reject
 
 
@@ -175,10 +174,10 @@ class Objective:
     def __repr__(self) -> str:
         shown: dict[str, Any] = {"params": self.params} if self.params else {}
         shown |= {"beta": self.beta, "length_normalize": self.length_normalize}
-        for field in fields(LossOptions):
-            value = getattr(self.options, field.name)
-            if value != field.default:
-                shown.setdefault(field.name, value)
+        for name, default in DEFAULTS.items():
+            value = getattr(self.options, name)
+            if value != default:
+                shown.setdefault(name, value)
         texts = [repr(self.loss.name), *(f"{name}={value!r}" for name, value in shown.items())]
         return f"Objective({', '.join(texts)})"
 

@@ -80,7 +80,8 @@ class LossKeywords(TypedDict, total=False):
 
 
 # Not asked of the class at every call: torch.compile cannot trace that.
-OPTION_NAMES = tuple(field.name for field in fields(LossOptions))
+DEFAULTS = {field.name: field.default for field in fields(LossOptions)}
+OPTION_NAMES = tuple(DEFAULTS)
 
 
 def check_option_names(names: Iterable[str]) -> None:

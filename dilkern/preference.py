@@ -16,12 +16,14 @@ from torch import Tensor
 
 from dilkern.losses import Loss
 from dilkern.objective import Objective
-from dilkern.options import LossKeywords, Unpack
+from dilkern.options import DEFAULTS, LossKeywords, Unpack
 from dilkern.output import PreferenceLossOutput
 from dilkern.pointwise import pointwise_loss
 from dilkern.validation import check_float, check_same_device, check_tensor, reject, shape_of
 
 _TRITON_INSTALLED = find_spec("triton") is not None
+# What the kernel computes; pairing and sft_weight are looked at as settled.
+_KERNEL_OPTIONS = ("beta", "length_normalize", "max_log_ratio", "strict", "pairing", "sft_weight")
 Counts = tuple[Tensor | float, Tensor | float]
 
 
@@ -238,7 +240,13 @@ def _kernel_knows(objective: Objective, token_logps: Tensor, backend: str) -> bo
         and token_logps.dtype is torch.float32
         and o.loss.triton is not None
         and len(o.params) < 2
-        and not (o.pairwise or o.options.label_smoothing or o.options.mixture or o.sft_weight)
+        and not (o.pairwise or o.sft_weight)
+        # Any other option, also one yet to come, is the torch path's.
+        and all(
+            getattr(o.options, name) == default
+            for name, default in DEFAULTS.items()
+            if name not in _KERNEL_OPTIONS
+        )
     )
 
 
