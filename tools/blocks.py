@@ -3,8 +3,8 @@
 The whole op with other block shapes than its own plan's, in interleaved rounds. On a CPU it is the
 torch backend, and after it the elementwise part of one block (online log-sum-exp, exp, sum) done over
 the whole block or over strips of rows that fit a cache; the figures of docs/dev/log.md come from
-here. On a GPU (`--device cuda`) it is the triton backend, with P from the library's product (a) and from our
-own (b), beside the torch backend.
+here. On a GPU (`--device cuda`) it is the triton backend, with P from the library's product (a) and
+from our own (b), beside the torch backend.
 """
 
 from __future__ import annotations
