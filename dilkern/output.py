@@ -26,6 +26,7 @@ class PreferenceLossOutput(NamedTuple):
     chosen_clipped: Tensor  # (C,) bool, on the linear extension; of the pair for pairwise losses
     rejected_clipped: Tensor  # (R,) bool
     beta: float  # temperature in use, 1.0 for losses without one
+    pairwise: bool  # one loss per pair, in chosen_losses
 
 
 DILLossOutput = PreferenceLossOutput
@@ -37,8 +38,8 @@ def preference_metrics(output: PreferenceLossOutput) -> dict[str, Tensor]:
     rewards/* are beta f with the f that the loss used; rewards/accuracies is the strict share of
     pairs with a larger chosen reward (absent for unpaired batches), so 0.0 where policy ==
     reference; logps/* are means over sequences of summed log-probs, logps/*_avg of means per token;
-    ratio/* are means of e^f; clip_frac/* are shares on the linear extension; loss/* are means of the
-    sides of a pointwise loss.
+    clip_frac/* are shares on the linear extension; loss/chosen and loss/rejected are the means of the
+    two sides of a pointwise loss, loss/pair that of a pairwise one.
 
     Example:
         >>> import torch
@@ -59,13 +60,14 @@ def preference_metrics(output: PreferenceLossOutput) -> dict[str, Tensor]:
         "logps/rejected": o.rejected_logps.mean(),
         "logps/chosen_avg": (o.chosen_logps / o.chosen_lengths.clamp(min=1)).mean(),
         "logps/rejected_avg": (o.rejected_logps / o.rejected_lengths.clamp(min=1)).mean(),
-        "ratio/chosen": o.chosen_log_ratios.exp().mean(),
-        "ratio/rejected": o.rejected_log_ratios.exp().mean(),
-        "loss/chosen": o.chosen_losses.mean(),
-        "loss/rejected": o.rejected_losses.mean(),
         "clip_frac/chosen": o.chosen_clipped.float().mean(),
         "clip_frac/rejected": o.rejected_clipped.float().mean(),
     }
+    if o.pairwise:
+        metrics["loss/pair"] = o.chosen_losses.mean()
+    else:
+        metrics["loss/chosen"] = o.chosen_losses.mean()
+        metrics["loss/rejected"] = o.rejected_losses.mean()
     if chosen.shape == rejected.shape:
         metrics["rewards/accuracies"] = (chosen > rejected).to(chosen.dtype).mean()
     return metrics

@@ -227,7 +227,7 @@ def _output(
     clip_fraction = clipped.to(f.dtype).mean()
     return PreferenceLossOutput(
         loss, *sides(logps), *sides(f), clip_fraction, *sides(batch.lengths), *sides(losses),
-        *sides(clipped), objective.beta,
+        *sides(clipped), objective.beta, objective.pairwise,
     )  # fmt: skip
 
 

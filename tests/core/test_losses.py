@@ -268,10 +268,13 @@ def test_metrics_follow_trl_names_and_definitions():
     assert metrics["logps/chosen"].item() == pytest.approx(-3.5)
     assert metrics["logps/chosen_avg"].item() == pytest.approx(-1.0)
     assert metrics["logps/rejected_avg"].item() == pytest.approx(-1.0)
+    assert metrics["loss/pair"] == out.loss and "loss/chosen" not in metrics
     unpaired = preference_loss(
         logps, n, log_ratios=f, loss="bce", is_chosen=torch.tensor([True, False, False, False])
     )
-    assert "rewards/accuracies" not in preference_metrics(unpaired)
+    metrics = preference_metrics(unpaired)
+    assert "rewards/accuracies" not in metrics and "loss/pair" not in metrics
+    torch.testing.assert_close(metrics["loss/chosen"] + metrics["loss/rejected"], unpaired.loss)
 
 
 def test_a_loss_of_the_callers_own_needs_only_its_curves():
