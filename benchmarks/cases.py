@@ -24,8 +24,9 @@ weight, `lora` a PEFT layer around it whose B is drawn too. Labels come from the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -96,12 +97,6 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
-    def row(self) -> dict[str, object]:
-        return asdict(self)
-
-    def with_mode(self, mode: str) -> Case:
-        return replace(self, mode=mode)
-
 
 def case_of(head: str, tokens: int, *, scaled: int = 1, **options: Any) -> Case:
     vocab, hidden, softcap = HEADS[head]
@@ -109,102 +104,90 @@ def case_of(head: str, tokens: int, *, scaled: int = 1, **options: Any) -> Case:
     return Case(head, tokens, scaled=scaled, **(shape | options))
 
 
-def _cpu() -> list[Case]:
-    """Most telling first; all of them are meant to take under seven minutes on two quiet cores."""
-    half = case_of("claim", 1024)
-    return [
-        case_of("claim", 2048),
-        *(half.with_mode(mode) for mode in MODES),
-        case_of("claim", 1024, kind="nf4"),
-        case_of("claim", 1024, kind="lora", mode="trainable"),
-        case_of("claim", 1024, dtype="bfloat16"),
-        case_of("claim", 512),
-        case_of("gemma-2-2b", 512, scaled=4),
-        *(case_of(h, 512, scaled=4) for h in ("llama-3-8b", "qwen3-8b", "mistral-7b-v0.3")),
-        *(case_of(h, 512, scaled=2) for h in ("qwen3-0.6b", "gemma-3-270m")),
-    ]
-
-
-BY_WIDTH = ("llama-3-8b", "llama-3.2-1b", "qwen3-0.6b")  # D = 4096, 2048, 1024
-
-
-def _gpu() -> list[Case]:
-    """Most telling first, so that a short lease still gives a table: the sizes of the goals, other
-    heads, other numbers of tokens.
-    """
-
-    def bf16(head: str, tokens: int = 8192, **options: Any) -> Case:
-        return case_of(head, tokens, dtype="bfloat16", **options)
-
-    heads = ("gemma-3-4b", "gemma-3-270m", "gemma-2-2b", "qwen3-8b", "mistral-7b-v0.3")
-    return [
-        *(bf16(h, mode=mode) for mode in ("frozen", "score", "trainable") for h in BY_WIDTH),
-        *(bf16(h, 512) for h in BY_WIDTH),
-        *map(bf16, heads),
-        bf16("llama-3-8b", kind="nf4"),
-        bf16("llama-3-8b", kind="lora", mode="trainable"),
-        bf16("llama-3-8b", mode="step"),
-        *(
-            bf16(h, tokens)
-            for tokens in (2048, 32768, 65536)
-            for h in ("llama-3-8b", "qwen3-0.6b", "gemma-3-4b")
-        ),
-        *(case_of("qwen3-0.6b", 8192, dtype=dtype) for dtype in ("float32", "float16")),
-    ]
-
-
-def _tiny() -> list[Case]:
-    modes = [("frozen", "dense"), ("trainable", "dense"), ("score", "dense")]
-    modes += [("frozen", "nf4"), ("trainable", "lora")]
-    return [case_of("tiny", 64, mode=mode, kind=kind, sequences=4) for mode, kind in modes]
-
-
-def _packed() -> list[Case]:
-    """Peak memory with a 4-bit head; where the dtype is 16 bits, its blocks are widened on a CPU."""
-    return [
-        case_of("packed", 512, kind="nf4", dtype=dtype, workspace_mib=mib)
-        for dtype in ("float32", "bfloat16")
-        for mib in (32, 64, 256)
-    ]
-
-
 class CaseSet(NamedTuple):
-    cases: Callable[[], list[Case]]
+    """Most telling first, so that a run that is cut off still gives a table."""
+
+    cases: list[Case]
     peers: str = "all"  # a set with peers of its own has a result file of its own
 
 
-def _scaling(base: Case, backend: str, **axes: range | tuple[int, ...]) -> CaseSet:
-    """One axis moves (a range: by powers of 2), the others stay; the head's name tells the points."""
-
-    def cases() -> list[Case]:
-        values = {a: [1 << n for n in v] if isinstance(v, range) else v for a, v in axes.items()}
-        points = [(axis, value) for axis, mine in values.items() for value in mine]
-        return [replace(base, **{"head": f"scaling-{a}-{v}", a: v}) for a, v in points]
-
+def _scaling(base: Case, backend: str, **axes: Iterable[int]) -> CaseSet:
+    """One axis moves, the others stay; the head's name tells the points."""
+    points = [(axis, value) for axis, values in axes.items() for value in values]
+    cases = [replace(base, **{"head": f"scaling-{a}-{v}", a: v}) for a, v in points]
     return CaseSet(cases, f"naive,dilkern-{backend}")
 
 
-_ON_CPU = {"tokens": range(8, 12), "vocab": range(12, 16), "hidden": range(7, 11)}
-_ON_GPU = {"tokens": range(10, 16), "vocab": range(14, 19), "hidden": range(9, 14)}
+def _powers(first: int, last: int) -> list[int]:
+    return [1 << n for n in range(first, last + 1)]
+
+
+BY_WIDTH = ("llama-3-8b", "llama-3.2-1b", "qwen3-0.6b")  # D = 4096, 2048, 1024
+_tiny = partial(case_of, "tiny", 64, sequences=4)
+_half = partial(case_of, "claim", 1024)
+_bf16 = partial(case_of, tokens=8192, dtype="bfloat16")
 CASE_SETS = {
-    "tiny": CaseSet(_tiny),
-    "claim": CaseSet(lambda: [case_of("claim", 2048)], "naive,trl,dilkern-torch"),
-    "cpu": CaseSet(_cpu),
-    "cpu-real": CaseSet(lambda: [case_of("qwen3-0.6b", 512), case_of("gemma-3-270m", 512)]),
-    "packed": CaseSet(_packed, "naive,dilkern-torch"),
-    "gpu": CaseSet(_gpu),
+    "tiny": CaseSet(
+        [
+            *(_tiny(mode=mode) for mode in ("frozen", "trainable", "score")),
+            *(_tiny(kind="nf4"), _tiny(kind="lora", mode="trainable")),
+        ]
+    ),
+    "claim": CaseSet([case_of("claim", 2048)], "naive,trl,dilkern-torch"),
+    "cpu": CaseSet(  # under seven minutes on two quiet cores
+        [
+            case_of("claim", 2048),
+            *(_half(mode=mode) for mode in MODES),
+            *(_half(kind="nf4"), _half(kind="lora", mode="trainable"), _half(dtype="bfloat16")),
+            case_of("claim", 512),
+            case_of("gemma-2-2b", 512, scaled=4),
+            *(case_of(h, 512, scaled=4) for h in ("llama-3-8b", "qwen3-8b", "mistral-7b-v0.3")),
+            *(case_of(h, 512, scaled=2) for h in ("qwen3-0.6b", "gemma-3-270m")),
+        ]
+    ),
+    "cpu-real": CaseSet([case_of(head, 512) for head in ("qwen3-0.6b", "gemma-3-270m")]),
+    "packed": CaseSet(  # where the dtype is 16 bits, a 4-bit head's blocks are widened on a CPU
+        [
+            case_of("packed", 512, kind="nf4", dtype=dtype, workspace_mib=mib)
+            for dtype in ("float32", "bfloat16")
+            for mib in (32, 64, 256)
+        ],
+        "naive,dilkern-torch",
+    ),
+    "gpu": CaseSet(  # the sizes of the goals, other heads, other numbers of tokens
+        [
+            *(_bf16(h, mode=mode) for mode in ("frozen", "score", "trainable") for h in BY_WIDTH),
+            *(_bf16(h, tokens=512) for h in BY_WIDTH),
+            *map(
+                _bf16, ("gemma-3-4b", "gemma-3-270m", "gemma-2-2b", "qwen3-8b", "mistral-7b-v0.3")
+            ),
+            *(_bf16("llama-3-8b", kind="nf4"), _bf16("llama-3-8b", kind="lora", mode="trainable")),
+            _bf16("llama-3-8b", mode="step"),
+            *(
+                _bf16(h, tokens=tokens)
+                for tokens in (2048, 32768, 65536)
+                for h in ("llama-3-8b", "qwen3-0.6b", "gemma-3-4b")
+            ),
+            *(_bf16("qwen3-0.6b", dtype=dtype) for dtype in ("float32", "float16")),
+        ]
+    ),
     "scaling": _scaling(
-        case_of("scaling", 1024), "torch", **_ON_CPU, workspace_mib=(4, 16, 64, 256)
+        case_of("scaling", 1024),
+        "torch",
+        tokens=_powers(8, 11),
+        vocab=_powers(12, 15),
+        hidden=_powers(7, 10),
+        workspace_mib=(4, 16, 64, 256),
     ),
     "scaling-gpu": _scaling(
-        case_of("scaling-gpu", 8192, dtype="bfloat16"),
+        _bf16("scaling-gpu"),
         "triton",
-        **_ON_GPU,
-        workspace_mib=range(6, 11),
+        tokens=_powers(10, 15),
+        vocab=_powers(14, 18),
+        hidden=_powers(9, 13),
+        workspace_mib=_powers(6, 10),
     ),
-    "scaling-tiny": _scaling(
-        case_of("tiny", 16), "torch", tokens=range(4, 6), workspace_mib=(1, 4)
-    ),
+    "scaling-tiny": _scaling(case_of("tiny", 16), "torch", tokens=(16, 32), workspace_mib=(1, 4)),
 }
 
 
@@ -258,11 +241,15 @@ class Inputs:
     weight: Tensor  # (V, D); of an NF4 head what was quantised, of a LoRA head the base
     labels: Tensor  # (T,)
     grad: Tensor  # (T,) upstream gradient g of the token log-probs, fp32
-    layer: nn.Module | None = None  # the head as users have it; None: `weight` is the head
 
     @property
     def device(self) -> torch.device:
         return self.hidden.device
+
+    @cached_property
+    def layer(self) -> nn.Module | None:
+        """The head as users have it, to the same bits wherever it is built; None: `weight` is it."""
+        return build_layer(self.case.kind, self.weight)
 
     @property
     def trained(self) -> list[Tensor]:
@@ -306,20 +293,8 @@ class Inputs:
             tensor.grad = None
 
     def detached(self) -> Inputs:
-        """The same bits in tensors of its own; a layer is shared."""
+        """The same bits in tensors, and in a layer, of its own."""
         return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach())
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("hidden", "weight", "labels", "grad")}
-
-
-def load_inputs(case: Case, tensors: dict[str, Tensor]) -> Inputs:
-    """From `Inputs.tensors()`, in another process: the layer is built again, to the same bits."""
-    return Inputs(case, **tensors, layer=build_layer(case.kind, tensors["weight"]))
-
-
-def vocab_blocks(vocab: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, vocab)) for start in range(0, vocab, size)]
 
 
 def softcapped(logits: Tensor, softcap: float) -> Tensor:
@@ -340,19 +315,19 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
     hidden = NOISE * torch.randn(tokens, width, **options) + lift.unsqueeze(1) * weight[words]
     hidden[:, 0] = 8
     hidden, weight = hidden.to(case.torch_dtype), weight.to(case.torch_dtype)
-    found = Inputs(case, hidden, weight, words, lift, build_layer(case.kind, weight))
-    weight = found.effective_weight(torch.float32)
+    found = Inputs(case, hidden, weight, words, lift)
 
     best = torch.full((tokens,), -torch.inf, device=device)
     labels = torch.zeros(tokens, dtype=torch.int64, device=device)
-    for part in vocab_blocks(vocab, max(1, 2**25 // tokens)):
-        logits = softcapped(hidden.float() @ weight[part].T, case.softcap)
+    size = max(1, 2**25 // tokens)
+    for number, part in enumerate(found.effective_weight(torch.float32).split(size)):
+        logits = softcapped(hidden.float() @ part.T, case.softcap)
         gumbel = torch.rand(logits.shape, **options).clamp_(1e-20).log_().neg_().log_().neg_()
         top, where = (logits + gumbel).max(1)
-        labels = torch.where(top > best, where + part.start, labels)
+        labels = torch.where(top > best, where + number * size, labels)
         best = torch.maximum(best, top)
 
-    length = tokens / case.sequences
-    size = (0.5 + torch.rand(tokens, **options)) / length
-    chosen = torch.arange(tokens, device=device) < tokens // 2
-    return replace(found, labels=labels, grad=torch.where(chosen, -size, size))
+    slope = (0.5 + torch.rand(tokens, **options)) / (tokens / case.sequences)
+    found.labels, found.grad = labels, slope
+    found.grad[: tokens // 2] *= -1
+    return found

@@ -6,10 +6,12 @@ beside its CSV or Markdown names hardware, versions, commit and load of every ca
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import hashlib
 import json
+import os
 import platform
 import re
 import subprocess
@@ -27,6 +29,7 @@ from benchmarks.peers import PEERS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+Row = dict[str, Any]
 PACK = ROOT / ".whl"  # wheels and the commit, for a machine without network
 
 
@@ -38,12 +41,8 @@ def _output(*command: str) -> str:
     return done.stdout.strip()
 
 
-def cpu_model() -> str:
-    try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor()
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.timezone.utc)
 
 
 def fingerprint() -> str:
@@ -88,16 +87,16 @@ def versions() -> dict[str, str]:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Versions, hardware, commit and how the inputs were made."""
-    load, here = Path("/proc/loadavg"), identity()
+    here, model = identity(), re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())
     found: dict[str, Any] = {
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "time": _now().isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": here["commit"],
         "dirty": here["dirty"],
         "device": device.type,
-        "cpu": cpu_model(),
+        "cpu": model[1] if model else platform.processor(),
         "threads": torch.get_num_threads(),
-        "load_average": load.read_text().split()[:3] if load.exists() else [],
+        "load_average": [f"{load:.2f}" for load in os.getloadavg()],
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": versions(),
@@ -117,9 +116,9 @@ def default_stem(device: torch.device, study: str = "") -> Path:
     folder = "cpu"
     if device.type == "cuda":
         folder = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    here, day = identity(), datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    marks = ("dirty" if here["dirty"] else "", study)
-    return RESULTS / folder / "-".join([day, here["commit"], *filter(None, marks)])
+    here = identity()
+    parts = (f"{_now():%Y-%m-%d}", here["commit"], "dirty" if here["dirty"] else "", study)
+    return RESULTS / folder / "-".join(filter(None, parts))
 
 
 def beside(stem: Path, rest: str) -> Path:
@@ -145,26 +144,33 @@ def begin(stem: Path, device: torch.device) -> None:
     path.write_text(json.dumps({"calls": [*calls, now]}, indent=1) + "\n")
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a result file, none if there is no file; also of the JSON files of old claims."""
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a result file without their empty cells; also of the JSON files of old claims."""
     if not path.exists():
         return []
     if path.suffix == ".json":
-        rows = json.loads(path.read_text())["rows"]
-        return [{name: str(value) for name, value in row.items()} for row in rows]
+        return json.loads(path.read_text())["rows"]
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        lines = list(csv.DictReader(file))
+    return [{name: _value(text) for name, text in line.items() if text} for line in lines]
 
 
-def append_rows(path: Path, rows: Sequence[dict[str, Any]], fields: Sequence[str]) -> None:
-    """Add rows in one write, with the header if the file is new."""
+def append_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Add rows to the file; it has a column for whatever one of its rows says."""
+    rows, unfinished = [*read_rows(path), *rows], beside(path, ".new")
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fields)
-        if new:
-            writer.writeheader()
+    with unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+        writer.writeheader()
         writer.writerows(rows)
+    unfinished.replace(path)  # a call that is cut off leaves the old rows
 
 
 def markdown(header: str, rows: Iterable[Sequence[object]]) -> str:

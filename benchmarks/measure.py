@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Inputs, load_inputs, make_inputs, vocab_blocks
+from benchmarks.cases import Case, Inputs, make_inputs
 from benchmarks.peers import PEERS, Peer
 from benchmarks.truth import Truth, compute_truth, errors, refusal
 
@@ -44,13 +44,6 @@ class Timing(NamedTuple):
 
     forward: float
     total: float
-
-
-Tick = Callable[[str], None]
-
-
-def silent(text: str) -> None:
-    """No progress shown."""
 
 
 def _status_mib(field: str) -> float:
@@ -139,21 +132,19 @@ class BareGemm:
     """The bare product H W^T (2 T V D), in blocks over one buffer."""
 
     def __init__(self, inputs: Inputs) -> None:
-        self.inputs = inputs.detached()
-        limit = GEMM_BUFFER_MIB[inputs.device.type] * MIB
-        width = max(1, limit // (inputs.case.tokens * inputs.hidden.element_size()))
-        self.blocks = vocab_blocks(inputs.case.vocab, width)
-        self.buffer = inputs.hidden.detach().new_empty(
-            inputs.case.tokens, self.blocks[0].stop - self.blocks[0].start
+        self.hidden = inputs.hidden.detach()
+        tokens, limit = len(self.hidden), GEMM_BUFFER_MIB[inputs.device.type] * MIB
+        self.blocks = inputs.weight.detach().split(
+            max(1, limit // (tokens * self.hidden.element_size()))
         )
+        self.buffer = self.hidden.new_empty(tokens, len(self.blocks[0]))
 
     def product(self) -> None:
         for part in self.blocks:
-            out = self.buffer[:, : part.stop - part.start]
-            torch.mm(self.inputs.hidden, self.inputs.weight[part].T, out=out)
+            torch.mm(self.hidden, part.T, out=self.buffer[:, : len(part)])
 
     def run(self) -> Timing:
-        return timed(self.product, self.inputs.device)
+        return timed(self.product, self.hidden.device)
 
 
 class Task:
@@ -178,11 +169,12 @@ class Task:
             self.out, _ = execute(self.peer, self.inputs)
         return found | {"peak_mib": peak.mib}
 
-    def check(self, truth: Truth) -> dict[str, float]:
+    def check(self, truth: Truth | Path) -> dict[str, float]:
         """Errors of the run that `first` watched. The caller decides with `refusal`."""
         x = self.inputs
-        trained = x.trained if x.case.mode == "trainable" else []
-        grads = [tensor.grad for tensor in trained]
+        if isinstance(truth, Path):  # a pipe would leave a copy in the heap
+            truth = load(truth)
+        grads = [tensor.grad for tensor in x.trained] if x.case.mode == "trainable" else []
         return errors(self.peer.output, self.out, x.hidden.grad, grads, x, truth)
 
     def run(self) -> Timing:
@@ -198,78 +190,28 @@ def is_out_of_memory(message: str) -> bool:
     return any(s in text for s in ("out of memory", "can't allocate", "memoryerror", "code -9"))
 
 
-def failure(message: str) -> dict[str, str]:
+def failure(error: object) -> dict[str, str]:
     """What the row of a failed measurement says instead of figures."""
-    return {"status": "OOM" if is_out_of_memory(message) else "error", "reason": message[:300]}
+    reason = str(error)[:300]
+    return {"status": "OOM" if is_out_of_memory(reason) else "error", "reason": reason}
 
 
 class WorkerFailed(RuntimeError):
     """A request raised in its task, or the process is gone."""
 
-    def row(self) -> dict[str, str]:
-        return failure(str(self))
+
+load = partial(torch.load, weights_only=False)
 
 
-def _task(peer_name: str, case: Case, path: Path, threads: int) -> Task | BareGemm:
+def _task(path: Path, threads: int, peer_name: str) -> Task | BareGemm:
     """Build a task inside its process (peers are found by name: closures do not pickle)."""
     torch.set_num_threads(threads)
-    inputs = load_inputs(case, torch.load(path))
+    inputs = load(path)
     return Task(PEERS[peer_name], inputs) if peer_name else BareGemm(inputs)
 
 
-def _serve(connection: Any, factory: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    task = None
-    while (request := connection.recv()) is not None:
-        name, *values = request
-        try:
-            if task is None:
-                task = factory(*arguments)
-            # Large tensors come as files: a pipe would leave a copy in the heap.
-            loaded = [
-                torch.load(v, weights_only=False) if isinstance(v, Path) else v for v in values
-            ]
-            answer = ("ok", getattr(task, name)(*loaded))
-        except Exception as error:
-            answer = ("error", f"{type(error).__name__}: {error}")
-        connection.send(answer)
-
-
-class Worker:
-    """A task in a fresh process; calls are methods of the task by name."""
-
-    def __init__(self, factory: Callable[..., Any], *arguments: Any) -> None:
-        # Forked from a server that has only imported: a fresh process without its seconds of imports.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(IMPORTS)
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_serve, args=(theirs, factory, arguments), daemon=True
-        )
-        self.process.start()
-        theirs.close()
-
-    def call(self, name: str, *values: Any) -> Any:
-        try:
-            self.connection.send((name, *values))
-            answer = self.connection.recv()
-        except (EOFError, ConnectionError) as gone:
-            self.process.join(5)
-            raise WorkerFailed(f"process ended with code {self.process.exitcode}") from gone
-        if answer[0] == "error":
-            raise WorkerFailed(answer[1])
-        return answer[1]
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # it may be gone already
-            self.connection.send(None)
-        self.process.join(10)
-        if self.process.is_alive():
-            self.process.terminate()
-        self.connection.close()
-
-
 class Local:
-    """The interface of `Worker` around a task in this process (CUDA)."""
+    """A task in this process; calls are methods of the task by name."""
 
     def __init__(self, factory: Callable[..., Any], *arguments: Any) -> None:
         self.factory, self.task = partial(factory, *arguments), None
@@ -290,8 +232,49 @@ class Local:
             self.task.close()
         self.task = None
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
+
+
+def _serve(connection: Any, factory: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    task = Local(factory, *arguments)
+    while (request := connection.recv()) is not None:
+        try:
+            connection.send((task.call(*request), None))
+        except WorkerFailed as failed:
+            connection.send((None, str(failed)))
+
+
+class Worker:
+    """The interface of `Local` around a task in a fresh process (CPU)."""
+
+    def __init__(self, factory: Callable[..., Any], *arguments: Any) -> None:
+        # Forked from a server that has only imported: a fresh process without its seconds of imports.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTS)
+        self.connection, theirs = context.Pipe()
+        arguments = (theirs, factory, arguments)
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def call(self, *request: Any) -> Any:
+        try:
+            self.connection.send(request)
+            answer, failed = self.connection.recv()
+        except (EOFError, ConnectionError) as gone:
+            self.process.join(5)
+            raise WorkerFailed(f"process ended with code {self.process.exitcode}") from gone
+        if failed is not None:
+            raise WorkerFailed(failed)
+        return answer
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # it may be gone already
+            self.connection.send(None)
+        self.process.join(10)
+        if self.process.is_alive():
+            self.process.terminate()
+        self.connection.close()
 
 
 @dataclass
@@ -300,14 +283,12 @@ class Plan:
 
     rounds: int = 7
     seconds: float = math.inf  # of rounds per group; at least MIN_ROUNDS are made
-    threads: int = 0  # 0: torch's default
     deadline: float = math.inf  # time.monotonic() after which no second round begins
 
 
 def interleave(
     jobs: Mapping[Any, Callable[[], Any]],
     plan: Plan,
-    tick: Tick = silent,
     yardstick: str = "",
 ) -> tuple[dict[Any, list[Any]], dict[Any, WorkerFailed]]:
     """The loop: call all jobs in turn, the order rotated each round; each has already run once.
@@ -325,7 +306,6 @@ def interleave(
         enough = number >= MIN_ROUNDS and now - start > plan.seconds
         if enough or (number and now > plan.deadline):
             break
-        tick(f"round {number + 1} of {plan.rounds}")
         names = list(times)
         turn = number % max(1, len(names))
         for name in names[turn:] + names[:turn]:
@@ -357,46 +337,39 @@ def spread(seconds: Sequence[float], name: str) -> dict[str, float]:
 
 def contest(
     tasks: Mapping[str, Worker | Local],
-    truth: Any,  # what `check` takes: a file for a worker
+    truth: Any,  # what `check` takes
     refuse: Callable[[dict[str, float]], str | None],
     plan: Plan,
-    tick: Tick = silent,
     gemm: Worker | Local | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[Timing]]]:
     """Per task its memory and errors, or why it has no figures; then the timings, gemm's among them."""
     rows: dict[str, dict[str, Any]] = {name: {} for name in tasks}
     jobs: dict[str, Callable[[], Timing]] = {}
-    open_tasks = dict(tasks)
     try:
         for name, task in tasks.items():
-            tick(name)
-            row = rows[name]
             try:
-                row |= task.call("first")
-                found = task.call("check", truth)
-            except WorkerFailed as failed:
-                row |= failed.row()
-            else:
-                row |= found
-                reason = refuse(found)
-                if reason is None:
+                rows[name] |= task.call("first")
+                rows[name] |= (found := task.call("check", truth))
+                if (reason := refuse(found)) is None:
                     jobs[name] = partial(task.call, "run")
                     continue
-                row |= {"status": "refused", "reason": reason}
-            row.pop("peak_mib", None)
-            open_tasks.pop(name).close()
+                rows[name] |= {"status": "refused", "reason": reason}
+            except WorkerFailed as failed:
+                rows[name] |= failure(failed)
+            task.close()
         if gemm is not None:
             jobs["gemm"] = partial(gemm.call, "run")
             jobs["gemm"]()  # warm
-        times, lost = interleave(jobs, plan, tick, yardstick="gemm")
+        times, lost = interleave(jobs, plan, yardstick="gemm")
     finally:
-        for task in [*open_tasks.values(), *filter(None, [gemm])]:
+        for task in [*tasks.values(), *filter(None, [gemm])]:
             task.close()
-    for name, failed in lost.items():
-        rows[name] |= failed.row()
-        rows[name].pop("peak_mib")
-    for name in times.keys() & rows.keys():
-        rows[name] |= {"status": "ok", "rounds": len(times[name])}
+    for name, row in rows.items():
+        if name in times:
+            row |= {"status": "ok", "rounds": len(times[name])}
+            continue
+        row |= failure(lost[name]) if name in lost else {}
+        row.pop("peak_mib", None)
     return rows, times
 
 
@@ -411,7 +384,6 @@ def measure_group(
     peers: Sequence[Peer],
     device: torch.device,
     plan: Plan,
-    tick: Tick = silent,
     remote: bool | None = None,
 ) -> list[dict[str, Any]]:
     """Measure all peers on one case and return one row per peer, refused and failed ones too.
@@ -419,16 +391,13 @@ def measure_group(
     `remote`: one process per peer; by default on the CPU and not on a GPU.
     """
     remote = device.type == "cpu" if remote is None else remote
-    about = {p.name: {"peer": p.name, "output": p.output, "note": p.note} for p in peers}
     unable = {peer.name: peer.why_not(case, device) for peer in peers}
     able = [peer for peer in peers if unable[peer.name] is None]
-    tick("truth in fp64")
     trained = case.mode == "trainable"
     outputs = tuple(sorted({peer.output for peer in able} | {"token_logps"})) if trained else ()
     plain = replace(case, mode="trainable" if trained else "frozen", workspace_mib=0)
     inputs, truth = problem(plain, device, outputs)
     inputs = replace(inputs, case=case)
-    threads = plan.threads or torch.get_num_threads()
     if device.type == "cuda":
         # All cases compile the same functions: past Dynamo's limit of variants they would run eagerly.
         torch.compiler.reset()
@@ -437,37 +406,28 @@ def measure_group(
     gc.freeze()
 
     with tempfile.TemporaryDirectory(prefix="dilkern-bench-") as folder:
-        tensors, truth_file = Path(folder, "inputs.pt"), Path(folder, "truth.pt")
-        gemm: Worker | Local
+        tasks: dict[str, Worker | Local]
         if remote:
-            torch.save(inputs.detached().tensors(), tensors)
-            torch.save(truth, truth_file)
-            tasks = {p.name: Worker(_task, p.name, case, tensors, threads) for p in able}
-            gemm = Worker(_task, "", case, tensors, threads)
+            files = Path(folder, "inputs.pt"), Path(folder, "truth.pt")
+            for value, file in zip((inputs.detached(), truth), files):
+                torch.save(value, file)
+            start = partial(Worker, _task, files[0], torch.get_num_threads())
+            tasks, gemm = {p.name: start(p.name) for p in able}, start("")
         else:
             tasks = {p.name: Local(Task, p, inputs.detached()) for p in able}
             gemm = Local(BareGemm, inputs)
-        rows, times = contest(
-            tasks,
-            truth_file if remote else truth,
-            partial(refusal, budget=truth.budget, dtype=case.torch_dtype),
-            plan,
-            tick,
-            gemm,
-        )
+        refuse = partial(refusal, budget=truth.budget, dtype=case.torch_dtype)
+        rows, times = contest(tasks, files[1] if remote else truth, refuse, plan, gemm)
 
-    shared = {"case": case.key} | case.row() | spread([t.total for t in times["gemm"]], "gemm")
+    shared = {"case": case.key} | asdict(case) | spread([t.total for t in times["gemm"]], "gemm")
     shared |= truth.sharpness()
-    shared |= {
-        f"budget_{name}": value for name, value in truth.budget.items() if name != "loss_err"
-    }
-    for name in rows:
-        if rows[name]["status"] != "ok":
-            continue
+    shared |= {f"budget_{name}": value for name, value in truth.budget.items()}
+    for name in times.keys() & rows.keys():
         rows[name] |= spread([t.forward for t in times[name]], "forward")
         rows[name] |= spread([t.total for t in times[name]], "total")
         rows[name]["gemm_multiple"] = rows[name]["total_ms"] / shared["gemm_ms"]
         rows[name]["gemm_multiple_min"] = rows[name]["total_ms_min"] / shared["gemm_ms_min"]
-    for name, reason in unable.items():
-        rows.setdefault(name, {"status": "unsupported", "reason": reason})
-    return [shared | about[name] | rows[name] for name in about]
+    for peer in peers:
+        row = rows.setdefault(peer.name, {"status": "unsupported", "reason": unable[peer.name]})
+        row |= {"peer": peer.name, "output": peer.output, "note": peer.note}
+    return [shared | rows[peer.name] for peer in peers]

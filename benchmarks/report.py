@@ -12,24 +12,20 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from benchmarks.environment import markdown, read_rows
+from benchmarks.environment import Row, markdown, read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 app = typer.Typer(add_completion=False, help="Tables, pictures and goals from result files.")
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 MIB = 2**20
-Row = dict[str, str]
-
-
-def number(row: Row, name: str) -> float | None:
-    text = row.get(name) or ""
-    return float(text) if text else None
 
 
 def measured(rows: Iterable[Row]) -> list[Row]:
@@ -51,15 +47,20 @@ def is_dense(row: Row) -> bool:
 # Tables
 
 
+def name_of(row: Row) -> str:
+    return row["head"] if row["scaled"] == 1 else f"{row['head']} (V and D / {row['scaled']})"
+
+
 def title(row: Row) -> str:
-    cap = f", softcap {float(row['softcap']):g}" if float(row["softcap"] or 0) else ""
-    kind = {"nf4": ", NF4 head", "lora": ", LoRA head"}.get(row.get("kind", ""), "")
-    scaled = f" (V and D / {row['scaled']})" if row["scaled"] not in ("", "1") else ""
-    space = float(row["workspace_mib"])
-    return (
-        f"{row['head']}{scaled}: T={row['tokens']} V={row['vocab']} D={row['hidden']} {row['dtype']}, "
-        f"{row['mode']}{kind}{cap}{'' if space == 256 else f', workspace {space:g} MiB'}"
-    )
+    what = [row["dtype"], row["mode"]]
+    if not is_dense(row):
+        what.append({"nf4": "NF4 head", "lora": "LoRA head"}[row["kind"]])
+    if row["softcap"]:
+        what.append(f"softcap {row['softcap']:g}")
+    if row["workspace_mib"] != 256:
+        what.append(f"workspace {row['workspace_mib']:g} MiB")
+    sizes = f"T={row['tokens']} V={row['vocab']} D={row['hidden']}"
+    return f"{name_of(row)}: {sizes} {', '.join(what)}"
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -68,13 +69,12 @@ def table(rows: Sequence[Row]) -> str:
     for mine in groups(rows).values():
         first = mine[0]
         parts.append(f"**{title(first)}**\n")
-        if first.get("mean_entropy"):
+        if "mean_entropy" in first:
             parts.append(
-                f"Bare GEMM (2TVD) {number(first, 'gemm_ms'):.4g} ms; labels: mean p "
-                f"{number(first, 'mean_p_label'):.2f}, mean entropy "
-                f"{number(first, 'mean_entropy'):.2f} nats.\n"
+                f"Bare GEMM (2TVD) {first['gemm_ms']:.4g} ms; labels: mean p "
+                f"{first['mean_p_label']:.2f}, mean entropy {first['mean_entropy']:.2f} nats.\n"
             )
-        lines = [_line(r) for r in sorted(measured(mine), key=lambda r: float(r["total_ms"]))]
+        lines = [_line(row) for row in sorted(measured(mine), key=lambda row: row["total_ms"])]
         without: dict[str, list[str]] = {}
         for row in mine:
             if row["status"] != "ok":
@@ -89,37 +89,36 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _line(row: Row) -> list[str]:
-    names = ("forward_ms", "total_ms", "total_ms_p20", "total_ms_p80", "total_ms_min")
-    forward, total, p20, p80, least = (f"{number(row, name):.4g}" for name in names)
-    names = ("logp_err_rms", "logp_err_max", "loss_err", "grad_err_rms")
-    rms, most, loss, grad = (f"{float(row[n]):.1e}" if row.get(n) else "" for n in names)
+    if "logp_err_rms" in row:
+        error = f"{row['logp_err_rms']:.1e} ({row['logp_err_max']:.1e})"
+    else:
+        error = f"loss {row['loss_err']:.1e}"
     other = "" if row["output"] == "token_logps" else f" ({row['output'].replace('_', ' ')})"
     return [
         row["peer"] + other,
-        *(forward, total, f"{p20} .. {p80}", least),
-        f"{number(row, 'gemm_multiple'):.2f}",
-        f"{number(row, 'peak_mib'):.0f}",
-        f"{rms} ({most})" if rms else f"loss {loss}",
-        grad,
+        f"{row['forward_ms']:.4g}",
+        f"{row['total_ms']:.4g}",
+        f"{row['total_ms_p20']:.4g} .. {row['total_ms_p80']:.4g}",
+        f"{row['total_ms_min']:.4g}",
+        f"{row['gemm_multiple']:.2f}",
+        f"{row['peak_mib']:.0f}",
+        error,
+        f"{row['grad_err_rms']:.1e}" if "grad_err_rms" in row else "",
     ]
 
 
 def steps_table(rows: Iterable[Row]) -> str:
     """Training steps, or the longest sequences that fit."""
-
     lines = []
     for row in rows:
         if row["status"] != "ok":
             cells = [f"{row['status']}: {row['reason']}"]
-        elif row.get("cap_gib"):
-            cap = float(row["cap_gib"])
-            cells = [f"longest sequence under {cap:g} GiB: {row['length']}"]
+        elif "cap_gib" in row:
+            cells = [f"longest sequence under {row['cap_gib']:g} GiB: {row['length']}"]
         else:
-            rate, ms, least, peak, error = (
-                float(row[name])
-                for name in ("tokens_per_s", "step_ms", "step_ms_min", "peak_mib", "grad_err")
-            )
-            cells = [f"{rate:.0f}", f"{ms:.0f} ({least:.0f})", f"{peak:.0f}", f"{error:.1e}"]
+            ms = f"{row['step_ms']:.0f} ({row['step_ms_min']:.0f})"
+            cells = [f"{row['tokens_per_s']:.0f}", ms]
+            cells += [f"{row['peak_mib']:.0f}", f"{row['grad_err']:.1e}"]
         lines.append([row["model"], row["method"], *cells])
     header = (
         "model|log-probs by|tokens/s (median)|step ms (min)|peak above model, MiB|"
@@ -153,10 +152,10 @@ def fits(rows: Iterable[Row]) -> list[Fit]:
         along = measured(row for row in rows if row["head"].startswith(f"scaling-{axis}-"))
         for peer, line in groups(along, "peer").items():
             if len(line) > 1:
-                x = [float(row[axis]) for row in line]
-                time = exponent(x, (float(row["total_ms_min"]) for row in line))
-                memory = exponent(x, (float(row["peak_mib"]) for row in line))
-                found.append(Fit(axis, peer, line, time, memory))
+                x, time, memory = (
+                    [row[name] for row in line] for name in (axis, "total_ms_min", "peak_mib")
+                )
+                found.append(Fit(axis, peer, line, exponent(x, time), exponent(x, memory)))
     return found
 
 
@@ -164,8 +163,8 @@ def source_line(path: Path) -> str:
     """Where the figures come from, from the JSON beside the file."""
     about = path.with_suffix(".json")
     found = json.loads(about.read_text()) if about.exists() else {}
-    calls = found.get("calls") or [found[name] for name in ("environment",) if name in found]
-    if not calls:
+    calls = found.get("calls") or [found.get("environment")]
+    if calls == [None]:
         return f"From `{path.name}` (no environment file)."
     first, versions = calls[0], calls[0]["versions"]
     named = ", ".join(f"{n} {versions[n]}" for n in ("torch", "trl", "liger-kernel", "triton"))
@@ -186,9 +185,8 @@ def text_of(path: Path, rows: Sequence[Row]) -> str:
         header = "axis|peer|exponent of time|exponent of peak memory|x GEMM, smallest .. largest"
         lines = []
         for fit in found:
-            first, *_, last = (f"{float(row['gemm_multiple_min']):.2f}" for row in fit.rows)
-            exponents = (f"{fit.time:.2f}", f"{fit.memory:.2f}")
-            lines.append([fit.axis, fit.peer, *exponents, f"{first} .. {last}"])
+            ends = " .. ".join(f"{fit.rows[i]['gemm_multiple_min']:.2f}" for i in (0, -1))
+            lines.append([fit.axis, fit.peer, f"{fit.time:.2f}", f"{fit.memory:.2f}", ends])
         return markdown(header, lines)
     return f"{source_line(path)}\n\n{table(rows)}"
 
@@ -232,21 +230,13 @@ def memory_bound(row: Row) -> float:
     and D; the torch backend holds the rows and their fp32 copies too: 24), and the gradient of a dense
     head.
     """
-    cells = int(row["tokens"]) * int(row["hidden"])
-    bound = float(row["workspace_mib"]) * MIB
+    cells = row["tokens"] * row["hidden"]
+    bound = row["workspace_mib"] * MIB
     if row["mode"] != "score":
         bound += (12 if row["peer"] == OURS else 24) * cells
     if row["mode"] == "trainable" and is_dense(row):
-        bound += int(row["vocab"]) * int(row["hidden"]) * (4 if row["dtype"] == "float32" else 2)
+        bound += row["vocab"] * row["hidden"] * (4 if row["dtype"] == "float32" else 2)
     return bound / MIB
-
-
-def _against(goal: str, row: Row, other: Row | None, column: str, share: float = 1.0) -> Verdict:
-    if other is None or other["status"] != "ok":
-        return Verdict(goal, row["case"], other["status"] if other else "no row", "", None)
-    limit, found = share * float(other[column]), float(row[column])
-    unit = "MiB" if "mib" in column else "ms"
-    return Verdict(goal, row["case"], f"{limit:.3g} {unit}", f"{found:.3g} {unit}", found <= limit)
 
 
 def judge(rows: Iterable[Row]) -> Iterator[Verdict]:
@@ -254,39 +244,44 @@ def judge(rows: Iterable[Row]) -> Iterator[Verdict]:
 
     def rows_of(peer: str, **wanted: object) -> list[Row]:
         ours = measured(found[peer] for found in cases.values() if peer in found)
-        return [r for r in ours if all(r[name] == str(value) for name, value in wanted.items())]
+        return [row for row in ours if wanted.items() <= row.items()]
+
+    def against(
+        goal: str, ours: list[Row], rival: str, column: str = "total_ms", share: float = 1.0
+    ) -> Iterator[Verdict]:
+        unit = "MiB" if "mib" in column else "ms"
+        for row in ours:
+            other = cases[row["case"]].get(rival, {"status": "no row"})
+            if other["status"] != "ok":
+                yield Verdict(goal, row["case"], other["status"], "", None)
+                continue
+            limit, found = share * other[column], row[column]
+            figures = (f"{limit:.3g} {unit}", f"{found:.3g} {unit}")
+            yield Verdict(goal, row["case"], *figures, found <= limit)
 
     for (mode, goal), limits in MULTIPLES.items():
         for width, limit in zip(WIDTHS, limits):
             size = {"tokens": 8192, "dtype": "bfloat16", "mode": mode, "hidden": width}
             mine = [row for row in rows_of(OURS, **size) if is_dense(row)]
             for row in mine:
-                found = float(row["gemm_multiple"])
+                found = row["gemm_multiple"]
                 yield Verdict(goal, row["case"], f"{limit} x GEMM", f"{found:.2f}", found <= limit)
             if not mine:
                 yield Verdict(goal, f"D={width}", f"{limit} x GEMM", "", None)
     for row in [*rows_of(OURS), *rows_of(OURS_CPU, head="packed")]:
-        peak, bound = float(row["peak_mib"]), memory_bound(row)
+        peak, bound = row["peak_mib"], memory_bound(row)
         limit = f"{bound:.0f} MiB"
         yield Verdict("memory within its bound", row["case"], limit, f"{peak:.0f}", peak <= bound)
-    for row in rows_of(OURS):
-        for rival in RIVALS:
-            other = cases[row["case"]].get(rival)
-            yield _against(f"not slower than {rival}", row, other, "total_ms")
+    for rival in RIVALS:
+        yield from against(f"not slower than {rival}", rows_of(OURS), rival)
     goal, short = "T=512 not slower than naive", rows_of(OURS, tokens=512)
-    for row in short:
-        yield _against(goal, row, cases[row["case"]].get("naive"), "total_ms")
-    if not short:
-        yield Verdict(goal, "T=512", "", "", None)
+    yield from against(goal, short, "naive") if short else [Verdict(goal, "T=512", "", "", None)]
     claim = rows_of(OURS_CPU, case="claim@2048-float32-frozen")
     for rival, column, share in CLAIM:
-        goal = (
-            f"on a CPU, {share:g} times {rival}'s {'memory' if 'mib' in column else 'time (min)'}"
-        )
-        if claim:
-            yield _against(goal, claim[0], cases[claim[0]["case"]].get(rival), column, share)
-        else:
-            yield Verdict(goal, "claim", "", "", None)
+        what = "memory" if "mib" in column else "time (min)"
+        goal = f"on a CPU, {share:g} times {rival}'s {what}"
+        none = [Verdict(goal, "claim", "", "", None)]
+        yield from against(goal, claim, rival, column, share) if claim else none
 
 
 def goals_table(verdicts: Sequence[Verdict]) -> str:
@@ -300,88 +295,77 @@ def goals_table(verdicts: Sequence[Verdict]) -> str:
 # Pictures
 
 
-@contextmanager
-def canvas(path: Path, rows: int, columns: int, width: float, height: float, **more: Any) -> Any:
-    """Axes (rows, columns) of a figure that is written at the end."""
-    import matplotlib
+def _panels(rows: int, columns: int, width: float, height: float, **more: Any) -> Any:
+    """A figure and its axes (rows, columns)."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    shape = {"figsize": (width, height), "squeeze": False, "constrained_layout": True}
-    figure, axes = plt.subplots(rows, columns, **shape, **more)
-    yield axes
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    figure = Figure((width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **more)
 
 
 def _colours(rows: Iterable[Row]) -> dict[str, Any]:
     from matplotlib import colormaps
 
-    cycle = colormaps["tab20"].colors
-    return {name: cycle[i % len(cycle)] for i, name in enumerate(groups(rows, "peer"))}
+    return dict(zip(groups(rows, "peer"), colormaps["tab20"].colors))
 
 
 def _whiskers(rows: Iterable[Row]) -> list[list[float]]:
     """Below and above the median, to p20 and p80."""
-    ms = [[float(row[f"total_ms{part}"]) for part in ("", "_p20", "_p80")] for row in rows]
+    ms = [[row[f"total_ms{part}"] for part in ("", "_p20", "_p80")] for row in rows]
     return [[m - low for m, low, _ in ms], [high - m for m, _, high in ms]]
 
 
-def bars(rows: Sequence[Row], case: str, path: Path) -> None:
+def bars(rows: Sequence[Row], mine: Sequence[Row]) -> Figure:
     """Time with its spread, peak memory, and the multiple of the bare GEMM for one case."""
-    mine = sorted(measured(groups(rows)[case]), key=lambda row: -float(row["total_ms"]))
+    mine = sorted(measured(mine), key=lambda row: -row["total_ms"])
     colours, names = _colours(rows), [row["peer"] for row in mine]
-    paint = [colours[name] for name in names]
-
-    def figures(column: str) -> list[float]:
-        return [float(row[column]) for row in mine]
-
-    with canvas(path, 1, 3, 14, 0.45 * len(mine) + 1.6, sharey=True) as ((time, memory, gemm),):
-        time.barh(names, figures("total_ms"), xerr=_whiskers(mine), color=paint, capsize=3)
-        time.set_xlabel("time, ms (median, p20 .. p80)")
-        memory.barh(names, figures("peak_mib"), color=paint)
-        memory.set_xlabel("peak memory above inputs, MiB")
-        gemm.barh(names, figures("gemm_multiple"), color=paint)
-        passes = {"frozen": 2, "trainable": 3, "score": 1, "step": 3}[mine[0]["mode"]]
-        if mine[0].get("kind") == "lora" and mine[0]["mode"] == "trainable":
-            passes = 2  # the products of A and B are small
-        gemm.axvline(passes, color="black", linestyle="--", label=f"{passes} GEMM passes")
-        gemm.set_xlabel("time / bare GEMM (2TVD)")
-        gemm.legend(fontsize=7)
-        time.figure.suptitle(title(mine[0]))
+    figure, ((time, memory, gemm),) = _panels(1, 3, 14, 0.45 * len(mine) + 1.6, sharey=True)
+    for axis, column, label in (
+        (time, "total_ms", "time, ms (median, p20 .. p80)"),
+        (memory, "peak_mib", "peak memory above inputs, MiB"),
+        (gemm, "gemm_multiple", "time / bare GEMM (2TVD)"),
+    ):
+        axis.barh(names, [row[column] for row in mine], color=[colours[name] for name in names])
+        axis.set_xlabel(label)
+    time.errorbar(
+        [row["total_ms"] for row in mine], names, xerr=_whiskers(mine), fmt="k,", capsize=3
+    )
+    passes = {"frozen": 2, "trainable": 3, "score": 1, "step": 3}[mine[0]["mode"]]
+    if mine[0].get("kind") == "lora" and mine[0]["mode"] == "trainable":
+        passes = 2  # the products of A and B are small
+    gemm.axvline(passes, color="black", linestyle="--", label=f"{passes} GEMM passes")
+    gemm.legend(fontsize=7)
+    figure.suptitle(title(mine[0]))
+    return figure
 
 
 Curve = tuple[str, str, str, list[Row]]  # panel, axis, label, rows
 
 
-def curves(rows: Sequence[Row], found: Sequence[Curve], path: Path) -> None:
+def curves(rows: Sequence[Row], found: Sequence[Curve]) -> Figure:
     """Time above and peak memory below, one panel per column, logarithmic."""
     from matplotlib.ticker import NullFormatter
 
     colours, panels = _colours(rows), list(dict.fromkeys(curve[0] for curve in found))
-    with canvas(path, 2, len(panels), 5 * len(panels), 8) as axes:
-        for (time, memory), panel in zip(axes.T, panels):
-            ticks: set[float] = set()
-            for _, axis, label, line in (curve for curve in found if curve[0] == panel):
-                line = sorted(line, key=lambda row: float(row[axis]))
-                x = [float(row[axis]) for row in line]
-                ticks |= set(x)
-                style = {"label": label, "color": colours[line[0]["peer"]], "marker": "o"}
-                middle = [float(row["total_ms"]) for row in line]
-                time.errorbar(x, middle, yerr=_whiskers(line), capsize=3, **style)
-                memory.plot(x, [float(row["peak_mib"]) for row in line], **style)
-            for place, unit in (
-                (time, "forward + backward, ms"),
-                (memory, "peak above inputs, MiB"),
-            ):
-                place.set(xlabel=axis, ylabel=unit, xscale="log", yscale="log")
-                place.grid(alpha=0.3, which="both")
-                # The measured values have names, and no others.
-                place.set_xticks(sorted(ticks), [f"{v:g}" for v in sorted(ticks)], rotation=30)
-                place.xaxis.set_minor_formatter(NullFormatter())
-            time.set_title(panel)
-            time.legend(fontsize=7)
+    figure, axes = _panels(2, len(panels), 5 * len(panels), 8)
+    for (time, memory), panel in zip(axes.T, panels):
+        ticks: set[float] = set()
+        for _, axis, label, line in (curve for curve in found if curve[0] == panel):
+            line = sorted(line, key=lambda row: row[axis])
+            x, ms, mib = ([row[name] for row in line] for name in (axis, "total_ms", "peak_mib"))
+            ticks |= set(x)
+            style = {"label": label, "color": colours[line[0]["peer"]], "marker": "o"}
+            time.errorbar(x, ms, yerr=_whiskers(line), capsize=3, **style)
+            memory.plot(x, mib, **style)
+        for place, unit in ((time, "forward + backward, ms"), (memory, "peak above inputs, MiB")):
+            place.set(xlabel=axis, ylabel=unit, xscale="log", yscale="log")
+            place.grid(alpha=0.3, which="both")
+            # The measured values have names, and no others.
+            place.set_xticks(sorted(ticks), [f"{v:g}" for v in sorted(ticks)], rotation=30)
+            place.xaxis.set_minor_formatter(NullFormatter())
+        time.set_title(panel)
+        time.legend(fontsize=7)
+    return figure
 
 
 def over(rows: Iterable[Row], axis: str) -> list[Curve]:
@@ -390,63 +374,60 @@ def over(rows: Iterable[Row], axis: str) -> list[Curve]:
     """
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in measured(rows):
-        if row["mode"] == "frozen" and is_dense(row) and not float(row["softcap"] or 0):
-            head = row["head"] if row["scaled"] in ("", "1") else f"{row['head']} / {row['scaled']}"
-            fixed = head if axis == "tokens" else f"T={row['tokens']} D={row['hidden']}"
+        if row["mode"] == "frozen" and is_dense(row) and not row["softcap"]:
+            fixed = name_of(row) if axis == "tokens" else f"T={row['tokens']} D={row['hidden']}"
             lines.setdefault((f"{fixed} {row['dtype']}", row["peer"]), []).append(row)
     wide = {panel for (panel, _), line in lines.items() if len({row[axis] for row in line}) > 1}
     return [(panel, axis, peer, line) for (panel, peer), line in lines.items() if panel in wide]
 
 
-def accuracy(rows: Sequence[Row], path: Path) -> None:
+def accuracy(rows: Sequence[Row]) -> Figure:
     """Error of the gradient over error of the token log-probs, refused rows marked by a cross."""
-    colours, seen = _colours(rows), set()
-    with canvas(path, 1, 1, 7.5, 6) as ((axis,),):
-        for row in rows:
-            x, y, peer = number(row, "logp_err_rms"), number(row, "grad_err_rms"), row["peer"]
-            if not x or not y:
-                continue
-            marker = (
-                "x" if row["status"] == "refused" else "o" if row["dtype"] == "float32" else "s"
+    figure, ((axis,),) = _panels(1, 1, 7.5, 6)
+    judged = [row for row in rows if row.get("logp_err_rms") and row.get("grad_err_rms")]
+    for peer, mine in groups(judged, "peer").items():
+        for number, row in enumerate(mine):
+            marker = "o" if row["dtype"] == "float32" else "s"
+            axis.plot(
+                *(row["logp_err_rms"], row["grad_err_rms"]),
+                "x" if row["status"] == "refused" else marker,
+                color=_colours(rows)[peer],
+                label=None if number else peer,
+                alpha=0.8,
             )
-            label = None if peer in seen else peer
-            axis.plot(x, y, marker, color=colours[peer], label=label, alpha=0.8)
-            seen.add(peer)
-        axis.set(xscale="log", yscale="log", title="circle fp32, square 16 bit, cross refused")
-        axis.set_xlabel("rms error of token log-probs against fp64, nats")
-        axis.set_ylabel("relative rms error of the hidden-state gradient")
-        axis.grid(alpha=0.3)
-        if seen:
-            axis.legend(fontsize=7)
+    axis.set(xscale="log", yscale="log", title="circle fp32, square 16 bit, cross refused")
+    axis.set_xlabel("rms error of token log-probs against fp64, nats")
+    axis.set_ylabel("relative rms error of the hidden-state gradient")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    return figure
 
 
-def draw_file(path: Path, folder: Path) -> list[Path]:
-    """Write the tables and every picture of one result file into `folder`; return the paths."""
-    rows = read_rows(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    made = [folder / f"{path.stem}.md"]
-    made[0].write_text(text_of(path, rows))
-
-    def picture(name: str) -> Path:
-        made.append(folder / f"{path.stem}{name}.png")
-        return made[-1]
-
+def pictures(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
+    """Every picture of one result file and the end of its name."""
     if "method" in rows[0]:
-        return made
+        return
     if found := fits(rows):
-        named = [
-            (f.axis, f.axis, f"{f.peer}: exponents {f.time:.2f}, {f.memory:.2f}", f.rows)
-            for f in found
-        ]
-        curves(rows, named, picture(""))
-        return made
+        label = "{0.peer}: exponents {0.time:.2f}, {0.memory:.2f}"
+        yield "", curves(rows, [(f.axis, f.axis, label.format(f), f.rows) for f in found])
+        return
     for case, mine in groups(rows).items():
         if measured(mine):
-            bars(rows, case, picture(f"-{case.replace('/', '_')}"))
+            yield f"-{case.replace('/', '_')}", bars(rows, mine)
     for axis in ("tokens", "vocab"):
         if lines := over(rows, axis):
-            curves(rows, lines, picture(f"-{axis}"))
-    accuracy(rows, picture("-accuracy"))
+            yield f"-{axis}", curves(rows, lines)
+    yield "-accuracy", accuracy(rows)
+
+
+def draw_file(path: Path) -> list[Path]:
+    """Write the tables and every picture of one result file beside it; return the paths."""
+    rows = read_rows(path)
+    made = [path.with_name(f"{path.stem}.md")]
+    made[0].write_text(text_of(path, rows))
+    for name, figure in pictures(rows):
+        made.append(path.with_name(f"{path.stem}{name}.png"))
+        figure.savefig(made[-1], dpi=130)
     return made
 
 
@@ -456,15 +437,13 @@ Results = Annotated[list[Path], typer.Argument(help="result files (.csv)")]
 @app.command()
 def draw(
     results: Results,
-    out: Annotated[Path | None, typer.Option(help="folder; default: beside the file")] = None,
     readme: Annotated[Path | None, typer.Option(help="Markdown file with the two markers")] = None,
     cases: Annotated[str, typer.Option(help="for --readme: parts of case keys, by commas")] = "",
 ) -> None:
-    """Draw result files and write their tables."""
+    """Draw result files and write their tables, beside them."""
     blocks, wanted = [], [part for part in cases.split(",") if part]
     for path in results:
-        for made in draw_file(path, out or path.parent):
-            print(made)
+        print(*draw_file(path), sep="\n")
         rows = read_rows(path)
         if wanted:
             rows = [row for row in rows if any(part in row["case"] for part in wanted)]

@@ -6,6 +6,7 @@ Small enough for a quick look at a change; the claims of the README come from `b
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ CASE = Case("micro", 512, 8192, 256)
 
 
 def _inputs(mode: str) -> Inputs:
-    return make_inputs(CASE.with_mode(mode)).require_grads()
+    return make_inputs(replace(CASE, mode=mode)).require_grads()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -28,23 +28,15 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from rich.console import Console
 from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.cases import SEED, build_layer, label_logps
 from benchmarks.environment import append_rows, begin, beside, default_stem, read_rows
 from benchmarks.report import steps_table
-from benchmarks.truth import FP32, refusal, relative
+from benchmarks.truth import BETA, FP32, refusal, relative
 
 METHODS = ("naive", "trl", "dilkern")
-BETA = 0.1
-FIELDS = (
-    *("model", "method", "device", "dtype", "pairs", "length", "prompt", "lora_r", "status"),
-    *("four_bit", "checkpoint", "checked_pairs", "cap_gib"),
-    *("reason", "rounds", "step_ms", "step_ms_p20", "step_ms_p80", "step_ms_min"),
-    *("tokens_per_s", "tokens_per_s_max", "peak_mib", "loss_err", "grad_err"),
-)
 
 
 @dataclass(frozen=True)
@@ -177,7 +169,7 @@ LOGPS = {"naive": naive_logps, "trl": trl_logps, "dilkern": dilkern_logps}
 class StepTask:
     """A model, a batch, and one way to its log-probs; the interface of `measure.Task`."""
 
-    def __init__(self, setup: Setup, method: str, threads: int, exact: bool = False) -> None:
+    def __init__(self, setup: Setup, threads: int, method: str, exact: bool = False) -> None:
         torch.set_num_threads(threads)
         self.setup, self.logps = setup, LOGPS[method]
         dtype = torch.float64 if exact else getattr(torch, setup.dtype)
@@ -231,6 +223,7 @@ class StepTask:
 
     def fits(self, length: int) -> bool:
         """Whether a step on sequences of `length` ends without running out of memory."""
+        print(f"a step on sequences of {length}", flush=True)
         self.ids, self.labels = make_batch(replace(self.setup, length=length, prompt=length // 4))
         fitted = True
         try:
@@ -258,35 +251,28 @@ def step_band(name: str, dtype: torch.dtype) -> float:
     return 256 * FP32 if name == "loss_err" and dtype is torch.float32 else 16 * own
 
 
-def steps(
-    setup: Setup, rounds: int, tick: measure.Tick = measure.silent, remote: bool | None = None
-) -> list[dict[str, Any]]:
+def steps(setup: Setup, rounds: int, remote: bool | None = None) -> list[dict[str, Any]]:
     """One row per method, refused and failed ones too; `remote` as in `measure_group`."""
-    threads = torch.get_num_threads()
     remote = setup.device == "cpu" if remote is None else remote
-    start = partial(measure.Worker if remote else measure.Local, StepTask, setup)
+    place = measure.Worker if remote else measure.Local
+    start = partial(place, StepTask, setup, torch.get_num_threads())
 
-    def ask(name: str, exact: bool, question: str, *values: Any) -> Any:
-        """In a task of its own, which is gone before the next comes."""
-        tick("fp64" if exact else "its same-dtype error")
-        task = start(name, threads, exact)
+    def ask(exact: bool, question: str, *values: Any) -> Any:
+        """Of naive, in a task of its own, which is gone before the next comes."""
+        task = start("naive", exact)
         try:
             return task.call(question, *values)
         finally:
             task.close()
 
     try:
-        truth = ask("naive", True, "gradients")
-        budget = ask("naive", False, "check", truth)
+        truth = ask(True, "gradients")
+        budget = ask(False, "check", truth)
     except measure.WorkerFailed as failed:  # nobody can be judged
-        return [{"method": method} | asdict(setup) | failed.row() for method in METHODS]
-    rows, times = measure.contest(
-        {method: start(method, threads) for method in METHODS},
-        truth,
-        partial(refusal, budget=budget, dtype=getattr(torch, setup.dtype), band=step_band),
-        measure.Plan(rounds),
-        tick,
-    )
+        return [{"method": name} | asdict(setup) | measure.failure(failed) for name in METHODS]
+    refuse = partial(refusal, budget=budget, dtype=getattr(torch, setup.dtype), band=step_band)
+    tasks = {method: start(method) for method in METHODS}
+    rows, times = measure.contest(tasks, truth, refuse, measure.Plan(rounds))
     for method in METHODS:
         row = rows[method] = {"method": method} | asdict(setup) | rows[method]
         if row["status"] == "ok":
@@ -312,27 +298,19 @@ def longest(trial: Callable[[int], bool], unit: int, most: int) -> int:
     return good
 
 
-def longest_under(
-    setup: Setup, cap_gib: float, unit: int, most: int, tick: measure.Tick = measure.silent
-) -> list[dict[str, Any]]:
+def longest_under(setup: Setup, cap_gib: float, unit: int, most: int) -> list[dict[str, Any]]:
     """One row per method: the longest sequence whose step fits under `cap_gib` of GPU memory."""
     if setup.device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * 2**30 / total))
     rows = []
     for method in METHODS:
-        task = measure.Local(StepTask, setup, method, torch.get_num_threads())
-
-        def trial(length: int, task: measure.Local = task, method: str = method) -> bool:
-            tick(f"{method}: {length}")
-            return task.call("fits", length)
-
-        row: dict[str, Any] = {"method": method} | asdict(setup)
-        row |= {"cap_gib": cap_gib, "status": "ok"}
+        task = measure.Local(StepTask, setup, torch.get_num_threads(), method)
+        row = {"method": method} | asdict(setup) | {"cap_gib": cap_gib, "status": "ok"}
         try:
-            row["length"] = longest(trial, unit, most)
+            row["length"] = longest(partial(task.call, "fits"), unit, most)
         except measure.WorkerFailed as failed:
-            row |= failed.row()
+            row |= measure.failure(failed)
         task.close()
         rows.append(row)
     return rows
@@ -373,19 +351,14 @@ def main(
     todo = setups(device, [name for name in names.split(",") if name not in done])
     if todo:
         begin(stem, where)
-    with Console(stderr=True).status("") as status:
-        for setup in todo:
-
-            def tick(text: str, name: str = setup.model) -> None:
-                status.update(f"{name}: {text}")
-
-            if cap_gib:
-                one = replace(setup, pairs=1, checkpoint=True)
-                rows = longest_under(one, cap_gib, unit, most, tick)
-            else:
-                rows = steps(setup, rounds, tick, processes)
-            append_rows(table, rows, FIELDS)  # a call that is cut off leaves its models
-            beside(stem, ".md").write_text(steps_table(read_rows(table)))
+    for setup in todo:
+        print(setup, flush=True)
+        if cap_gib:
+            rows = longest_under(replace(setup, pairs=1, checkpoint=True), cap_gib, unit, most)
+        else:
+            rows = steps(setup, rounds, processes)
+        append_rows(table, rows)  # a call that is cut off leaves its models
+        beside(stem, ".md").write_text(steps_table(read_rows(table)))
     print(f"{steps_table(read_rows(table))}{table}")
 
 

@@ -20,8 +20,6 @@ from benchmarks.cases import BY_WIDTH, HEADS
 from benchmarks.environment import append_rows, begin, beside, default_stem, markdown
 from benchmarks.measure import Plan, interleave, spread, timed
 
-FIELDS = ("what", "head", "n", "v", "d", "ms", "ms_min", "tflops", "gb_per_s")
-
 
 def measure(
     calls: dict[str, Callable[[], object]], device: torch.device, rounds: int
@@ -92,7 +90,7 @@ def main(
                 rows += products(name, 16, 64, 32, device, 1)
                 break
             rows += products(name, n, v, width, device, rounds)
-    append_rows(beside(stem, ".csv"), rows, FIELDS)
+    append_rows(beside(stem, ".csv"), rows)
     beside(stem, ".md").write_text(table(rows))
     print(f"{table(rows)}{beside(stem, '.csv')}")
 
