@@ -67,7 +67,7 @@ $(ASIDE): | install
 # A dry run of the GPU: every launch compiled for every architecture and judged, minutes for each.
 # One architecture: ARCH=sm_90. WRITE=1 writes the tables of benchmarks/results/ and docs/kernels.md.
 dry-run: install $(ASIDE)
-	$(if $(TRITON),PYTHONPATH=$(CURDIR)/$(ASIDE)) $(BIN)/python tools/dry_run.py \
+	$(if $(TRITON),PYTHONPATH=$(CURDIR)/$(ASIDE)) $(BIN)/python -m tools.dry_run \
 	  $(addprefix --arch ,$(ARCH)) $(if $(WRITE),--write)
 
 # Numerics of every kernel, in the interpreter.

@@ -162,15 +162,20 @@ def read_rows(path: Path) -> list[Row]:
     return [{name: _value(text) for name, text in line.items() if text} for line in lines]
 
 
-def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows to the file; it has a column for whatever one of its rows says."""
-    rows, unfinished = [*read_rows(path), *rows], beside(path, ".new")
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write a file with a column for whatever one of the rows says."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = beside(path, ".new")  # a call that is cut off leaves the old rows
     with unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+        fields = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    unfinished.replace(path)  # a call that is cut off leaves the old rows
+    unfinished.replace(path)
+
+
+def append_rows(path: Path, rows: Sequence[Row]) -> None:
+    write_rows(path, [*read_rows(path), *rows])
 
 
 def markdown(header: str, rows: Iterable[Sequence[object]]) -> str:

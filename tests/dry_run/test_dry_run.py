@@ -1,4 +1,4 @@
-"""The dry run of the GPU (tools/dry_run.py): what our launches become, and that its gate can fail.
+"""The dry run of the GPU (tools/dry_run): what our launches become, and that its gate can fail.
 
 Run without TRITON_INTERPRET: the interpreter replaces the compiler.
 """
@@ -17,22 +17,23 @@ pytestmark = pytest.mark.skipif(
 import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-import dry_run  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tools.dry_run import capture, cases, judge, read, tables  # noqa: E402
+from tools.dry_run.__main__ import dry_run  # noqa: E402
 
-CASE = dry_run.Case("dense", "bfloat16", "plain", (4096, 128256, 1024))
+CASE = cases.Case("dense", "bfloat16", "plain", (4096, 128256, 1024))
 
 
 def test_launches_of_sm_90_compile_to_what_they_should():
     """The cases of `make test`; `make dry-run` takes all of them and every architecture."""
-    rows, wrong = dry_run.dry_run("sm_90", quick=True)
-    if dry_run.table_path().exists():
-        wrong += dry_run.compare(rows, dry_run.read_table(dry_run.table_path()), complete=False)
+    rows, wrong = dry_run("sm_90", quick=True)
+    if tables.table_path().exists():
+        wrong += tables.compare(rows, tables.read_table(tables.table_path()), complete=False)
     assert not wrong, "\n".join(wrong)
 
 
 def test_tables_of_the_docs_are_those_of_the_results():
-    assert dry_run.DOCS.read_text() == dry_run.docs_with_tables(), "python tools/dry_run.py --docs"
+    assert tables.DOCS.read_text() == tables.docs_with_tables(), "python -m tools.dry_run --docs"
 
 
 # --- The gate's judgement, from planted inputs -------------------------------------------------
@@ -64,7 +65,7 @@ ptxas info    : Compiling entry function 'copy' for 'sm_90a'
     40 bytes stack frame, 24 bytes spill stores, 20 bytes spill loads
 ptxas info    : Used 168 registers, used 1 barriers
 """
-GOOD = dry_run.Compiled(
+GOOD = read.Compiled(
     hash="0" * 64,
     warps=8,
     registers=96,
@@ -73,36 +74,36 @@ GOOD = dry_run.Compiled(
     warnings=[],
     product="bf16",
     accesses={
-        "z": {dry_run.Access("ld", 16): 4},
-        "p": {dry_run.Access("st", 16): 2},
-        "labels": {dry_run.Access("ld", 8): 1},
+        "z": {read.Access("ld", 16): 4},
+        "p": {read.Access("st", 16): 2},
+        "labels": {read.Access("ld", 8): 1},
     },
     operations={"HGMMA": 4, "UTMALDG": 6},
 )
 
 
 def seen(wide=("z", "p")):
-    source = ({"z": "*fp32", "p": "*bf16", "labels": "*i64", "n": "i32"}, {}, {})
-    launch = dry_run.Launch("sm_90", None, "", source, None, ("z", "p", "labels"))
-    return dry_run.Seen(launch, frozenset("zp"), dict.fromkeys(wide, CASE), [CASE])
+    pointers = {"z": "fp32", "p": "bf16", "labels": "i64"}
+    launch = capture.Launch("sm_90", None, "", (), None, pointers)
+    return capture.Seen(launch, frozenset("zp"), dict.fromkeys(wide, CASE), [CASE])
 
 
 def test_an_access_is_counted_for_the_pointer_that_its_address_comes_from():
-    found = dry_run.read_accesses(PTX, ["z", "p", "unused"])
+    found = read.read_accesses(PTX, ["z", "p", "unused"])
     wanted = {"z": {("ld", 4): 1, ("ld", 16): 1, ("cp", 16): 1}, "p": {("st", 2): 1}}
     assert found == wanted
 
 
 def test_an_address_of_unknown_origin_is_wrong():
-    found = dry_run.read_accesses(PTX.replace("%rd2, [", "%rd7, ["), ["z", "p", "unused"])
+    found = read.read_accesses(PTX.replace("%rd2, [", "%rd7, ["), ["z", "p", "unused"])
     assert found["?"] == {("st", 2): 1}
-    assert "unknown origin" in dry_run.judge(seen(), GOOD._replace(accesses=found))[-1]
+    assert "unknown origin" in judge.judge(seen(), GOOD._replace(accesses=found))[-1]
 
 
 def test_warnings_and_spills_are_read_from_the_report_of_ptxas():
-    report = dry_run.read_ptxas(LOG)
-    assert (report.registers, report.spills) == (168, 44)
-    assert len(report.warnings) == 1 and "C7515" in report.warnings[0]
+    report = read.read_ptxas(LOG)
+    assert (report["registers"], report["spills"]) == (168, 44)
+    assert len(report["warnings"]) == 1 and "C7515" in report["warnings"][0]
 
 
 def test_operations_are_read_from_sass():
@@ -112,12 +113,12 @@ def test_operations_are_read_from_sass():
         /*01a0*/             @!UP1 HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
         /*01b0*/                   STG.E.128 desc[UR6][R2.64], R4 ;
     """
-    assert dry_run.read_sass(sass) == {"UTMALDG": 1, "STG": 2, "HGMMA": 1}
+    assert read.read_sass(sass) == {"UTMALDG": 1, "STG": 2, "HGMMA": 1}
 
 
 BAD = {
-    "scalar store of P": ({"accesses": {"p": {dry_run.Access("st", 2): 64}}}, "p: 64 x st of 2 bytes"),
-    "scalar load of logits": ({"accesses": {"z": {dry_run.Access("ld", 4): 16}}}, "z: 16 x ld of 4"),
+    "scalar store of P": ({"accesses": {"p": {read.Access("st", 2): 64}}}, "p: 64 x st of 2 bytes"),
+    "scalar load of logits": ({"accesses": {"z": {read.Access("ld", 4): 16}}}, "z: 16 x ld of 4"),
     "warning": ({"warnings": ["(C7515) serialized"]}, "C7515"),
     "spills": ({"spills": 24}, "24 bytes of spills"),
     "shared memory": ({"shared": 228 << 10}, "do not fit"),
@@ -128,15 +129,15 @@ BAD = {
 
 @pytest.mark.parametrize("change, complaint", BAD.values(), ids=BAD)
 def test_the_gate_fails_on(change, complaint):
-    assert dry_run.judge(seen(), GOOD) == []
-    (found,) = dry_run.judge(seen(), GOOD._replace(**change))
+    assert judge.judge(seen(), GOOD) == []
+    (found,) = judge.judge(seen(), GOOD._replace(**change))
     assert complaint in found
 
 
 def test_a_compiler_error_is_wrong_and_scalar_access_to_ragged_rows_is_not():
-    assert dry_run.judge(seen(), "CompilationError: no") == ["CompilationError: no"]
-    scalar = GOOD._replace(accesses={"p": {dry_run.Access("st", 2): 64}})
-    assert dry_run.judge(seen(wide=["z"]), scalar) == []
+    assert judge.judge(seen(), "CompilationError: no") == ["CompilationError: no"]
+    scalar = GOOD._replace(accesses={"p": {read.Access("st", 2): 64}})
+    assert judge.judge(seen(wide=["z"]), scalar) == []
 
 
 @pytest.mark.parametrize(
@@ -153,28 +154,28 @@ def test_a_compiler_error_is_wrong_and_scalar_access_to_ragged_rows_is_not():
     ],
 )
 def test_programs_per_sm(arch, registers, warps, shared, programs):
-    assert dry_run.programs_per_sm(arch, registers, warps, shared) == programs
+    assert judge.programs_per_sm(arch, registers, warps, shared) == programs
 
 
-ROW = dry_run.Row(
+ROW = tables.Row(
     "sm_90", "dz_tile", "bfloat16", "plain", "even", 1, 128, 0, 98328, 2, 1480, "HGMMA"
 )
 
 
 def test_what_fell_behind_the_table_is_wrong():
-    (fell,) = dry_run.compare([ROW._replace(programs=1)], [ROW], complete=True)
+    (fell,) = tables.compare([ROW._replace(programs=1)], [ROW], complete=True)
     assert "from 2 to 1 programs per SM" in fell
-    lacks, gone = dry_run.compare([ROW._replace(variant="all")], [ROW], complete=True)
+    lacks, gone = tables.compare([ROW._replace(variant="all")], [ROW], complete=True)
     assert "not in the table" in lacks and "no longer launched" in gone
     table = [ROW, ROW._replace(arch="sm_80"), ROW._replace(variant="all")]
-    assert dry_run.compare([ROW._replace(programs=3)], table, complete=False) == []
+    assert tables.compare([ROW._replace(programs=3)], table, complete=False) == []
 
 
 def test_a_table_keeps_the_rows_of_architectures_that_were_not_run(tmp_path):
     other, path = ROW._replace(arch="sm_80"), tmp_path / "table.csv"
-    dry_run.write_table([ROW, other], path)
-    dry_run.write_table([ROW._replace(registers=96)], path)
-    assert dry_run.read_table(path) == [other, ROW._replace(registers=96)]
+    tables.write_table([ROW, other], path)
+    tables.write_table([ROW._replace(registers=96)], path)
+    assert tables.read_table(path) == [other, ROW._replace(registers=96)]
 
 
 # --- Capture and compilation, from planted kernels ---------------------------------------------
@@ -199,10 +200,10 @@ def launch(kernel, n=3, v=1024):
 def test_a_width_that_the_compiler_may_not_know_is_caught():
     found = {}
     for kernel in (copy, copy_of_any_width):
-        with dry_run.recording("sm_90") as recorder:
+        with capture.recording("sm_90") as recorder:
             launch(kernel)
         (one,) = recorder.seen.values()
-        found[kernel] = dry_run.judge(one, dry_run.compile_launch(one.launch))
+        found[kernel] = judge.judge(one, read.compile_launch(one.launch))
     assert found[copy] == []
     assert [x.split(", with")[0].partition(" x ")[2] for x in found[copy_of_any_width]] == [
         "ld of 4 bytes",
@@ -211,7 +212,7 @@ def test_a_width_that_the_compiler_may_not_know_is_caught():
 
 
 def test_one_specialisation_is_one_entry_however_often_it_is_launched():
-    with dry_run.recording("sm_90") as recorder:
+    with capture.recording("sm_90") as recorder:
         for v in (1024, 512, 1003):
             launch(copy, v=v)
     even, ragged = recorder.seen.values()
@@ -243,8 +244,8 @@ def _idle(case):
     ],
 )
 def test_a_case_is_wrong_that(run, complaint, monkeypatch):
-    monkeypatch.setitem(dry_run.RUN, "planted", run)
-    _, wrong = dry_run.capture("sm_90", [dry_run.Case("planted", "", "", ())])
+    monkeypatch.setitem(cases.RUN, "planted", run)
+    _, wrong = capture.capture("sm_90", [cases.Case("planted", "", "", ())])
     assert len(wrong) == 1 and complaint in wrong[0]
 
 
@@ -254,6 +255,6 @@ def test_a_crash_of_the_compiler_loses_one_launch(monkeypatch):
             os._exit(1)
         return f"result {launch}"
 
-    monkeypatch.setattr(dry_run, "compile_launch", compile_or_die)
-    found = dry_run.compile_all([0, 1, 2], jobs=2)
+    monkeypatch.setattr(read, "compile_launch", compile_or_die)
+    found = read.compile_all([0, 1, 2])
     assert found == ["result 0", "the compiler process died", "result 2"]
