@@ -51,81 +51,59 @@ def _status_mib(field: str) -> float:
     return int(status.split(f"{field}:")[1].split()[0]) / 1024
 
 
-class PeakMemory:
-    """Peak memory inside a `with`, above what was resident at its start."""
-
-    mib: float
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-
-    def __enter__(self) -> PeakMemory:
-        gc.collect()
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated() / MIB
-        else:
-            # Freed heap that stays resident would hide a peak: give it back first.
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
-            self.start = _status_mib("VmRSS")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        peak = torch.cuda.max_memory_allocated() / MIB if self.cuda else _status_mib("VmHWM")
-        self.mib = peak - self.start
-
-
-class Clock:
-    """Marks in time: events of the stream on a GPU, so that no mark stops it; else perf_counter."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        if self.cuda:
-            torch.cuda.synchronize()
-        self.marks: list[Any] = []
-        self.mark()
-
-    def mark(self) -> None:
-        if self.cuda:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        """From the start to each mark."""
-        first, *later = self.marks
-        if not self.cuda:
-            return [mark - first for mark in later]
-        later[-1].synchronize()
-        return [first.elapsed_time(mark) / 1000 for mark in later]
-
-
-def timed(call: Callable[[], object], device: torch.device) -> Timing:
-    clock = Clock(device)
+def peak_mib(call: Callable[[], object], device: torch.device) -> float:
+    """Peak memory of one call above what is resident at its start."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - start) / MIB
+    # Freed heap that stays resident would hide a peak: give it back first.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
+    resident = _status_mib("VmRSS")
     call()
-    clock.mark()
-    return Timing(*clock.seconds() * 2)
+    return _status_mib("VmHWM") - resident
+
+
+def timed(device: torch.device, *calls: Callable[[], object]) -> Timing:
+    """Run the calls in turn; on a GPU events of its stream take the time, so that nothing stops it."""
+    cuda, marks = device.type == "cuda", []
+    if cuda:
+        torch.cuda.synchronize()
+    for call in (lambda: None, *calls):
+        call()
+        marks.append(torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter())
+        if cuda:
+            marks[-1].record()
+    first, *later = marks
+    if cuda:
+        torch.cuda.synchronize()
+        return Timing(*(first.elapsed_time(mark) / 1000 for mark in (later[0], later[-1])))
+    return Timing(later[0] - first, later[-1] - first)
 
 
 def execute(peer: Peer, inputs: Inputs) -> tuple[Tensor, Timing]:
     """Run what the case's mode asks for, once, and time it; gradients are left in `.grad`."""
     inputs.clear_grads()
-    mode = inputs.case.mode
-    clock = Clock(inputs.device)
-    with torch.set_grad_enabled(mode != "score"):
+    mode, found = inputs.case.mode, []
+
+    def forward() -> None:
         if mode == "step" and peer.output == "token_logps":
             with torch.no_grad():
                 peer.call(inputs)
-        out = peer.call(inputs)
-    clock.mark()
-    if mode != "score":
+        with torch.set_grad_enabled(mode != "score"):
+            found.append(peer.call(inputs))
+
+    def backward() -> None:
+        (out,) = found
         out.backward(inputs.grad.to(out.dtype) if out.dim() else None)
-    clock.mark()
-    return out.detach(), Timing(*clock.seconds())
+
+    timing = timed(inputs.device, forward, *([] if mode == "score" else [backward]))
+    return found[0].detach(), timing
 
 
 class BareGemm:
@@ -144,7 +122,7 @@ class BareGemm:
             torch.mm(self.hidden, part.T, out=self.buffer[:, : len(part)])
 
     def run(self) -> Timing:
-        return timed(self.product, self.hidden.device)
+        return timed(self.hidden.device, self.product)
 
 
 class Task:
@@ -157,17 +135,13 @@ class Task:
         """Warm the libraries up (on a small problem, or by compiling), then watch one run."""
         found: dict[str, float] = {}
         if self.peer.compiles:
-            start = time.perf_counter()
-            execute(self.peer, self.inputs)
-            found["compile_s"] = time.perf_counter() - start
+            found["compile_s"] = self.run().total
             self.inputs.clear_grads()
         else:
             case = self.inputs.case
             small = replace(case, tokens=2 * case.sequences, vocab=64)
             execute(self.peer, make_inputs(small, self.inputs.device).require_grads())
-        with PeakMemory(self.inputs.device) as peak:
-            self.out, _ = execute(self.peer, self.inputs)
-        return found | {"peak_mib": peak.mib}
+        return found | {"peak_mib": peak_mib(self.run, self.inputs.device)}
 
     def check(self, truth: Truth | Path) -> dict[str, float]:
         """Errors of the run that `first` watched. The caller decides with `refusal`."""
@@ -178,7 +152,8 @@ class Task:
         return errors(self.peer.output, self.out, x.hidden.grad, grads, x, truth)
 
     def run(self) -> Timing:
-        return execute(self.peer, self.inputs)[1]
+        self.out, timing = execute(self.peer, self.inputs)
+        return timing
 
     def close(self) -> None:
         self.inputs.clear_grads()

@@ -79,22 +79,19 @@ def _naive_logps(
     return label_logps(logits_of(hidden, head, softcap), labels)
 
 
-def naive(x: Inputs) -> Tensor:
-    return _naive_logps(x.hidden, x.head, x.labels, x.case.softcap)
-
-
-def naive_cross_entropy(x: Inputs) -> Tensor:
-    logits = logits_of(x.hidden, x.head, x.case.softcap)
-    return -F.cross_entropy(logits, x.labels, reduction="none")
-
-
 @cache
 def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_naive_logps, dynamic=False)
 
 
-def naive_compiled(x: Inputs) -> Tensor:
-    return _compiled()(x.hidden, x.head, x.labels, x.case.softcap)
+def naive(x: Inputs, compiled: bool = False) -> Tensor:
+    call = _compiled() if compiled else _naive_logps
+    return call(x.hidden, x.head, x.labels, x.case.softcap)
+
+
+def naive_cross_entropy(x: Inputs) -> Tensor:
+    logits = logits_of(x.hidden, x.head, x.case.softcap)
+    return -F.cross_entropy(logits, x.labels, reduction="none")
 
 
 def torch_lce(x: Inputs, **how: Any) -> Tensor:
@@ -167,7 +164,9 @@ _ours = partial(Peer, package="dilkern", layers=True)
 _LIST = (
     _naive("naive", call=naive, note="full logits, log_softmax, gather"),
     _naive("naive-ce", call=naive_cross_entropy, note="full logits, cross_entropy"),
-    _naive("compile", call=naive_compiled, note="torch.compile of naive", compiles=True),
+    _naive(
+        "compile", call=partial(naive, compiled=True), note="torch.compile of naive", compiles=True
+    ),
     _lce("torch-lce", call=torch_lce, note="options auto, reduction none"),
     _lce(
         "torch-lce-1024",

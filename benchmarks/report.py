@@ -221,8 +221,8 @@ class Verdict(NamedTuple):
     goal: str
     case: str
     limit: str
-    found: str
-    met: bool | None  # None: not measured
+    found: str = ""
+    met: bool | None = None  # None: not measured
 
 
 def memory_bound(row: Row) -> float:
@@ -253,7 +253,7 @@ def judge(rows: Iterable[Row]) -> Iterator[Verdict]:
         for row in ours:
             other = cases[row["case"]].get(rival, {"status": "no row"})
             if other["status"] != "ok":
-                yield Verdict(goal, row["case"], other["status"], "", None)
+                yield Verdict(goal, row["case"], other["status"])
                 continue
             limit, found = share * other[column], row[column]
             figures = (f"{limit:.3g} {unit}", f"{found:.3g} {unit}")
@@ -267,7 +267,7 @@ def judge(rows: Iterable[Row]) -> Iterator[Verdict]:
                 found = row["gemm_multiple"]
                 yield Verdict(goal, row["case"], f"{limit} x GEMM", f"{found:.2f}", found <= limit)
             if not mine:
-                yield Verdict(goal, f"D={width}", f"{limit} x GEMM", "", None)
+                yield Verdict(goal, f"D={width}", f"{limit} x GEMM")
     for row in [*rows_of(OURS), *rows_of(OURS_CPU, head="packed")]:
         peak, bound = row["peak_mib"], memory_bound(row)
         limit = f"{bound:.0f} MiB"
@@ -275,12 +275,12 @@ def judge(rows: Iterable[Row]) -> Iterator[Verdict]:
     for rival in RIVALS:
         yield from against(f"not slower than {rival}", rows_of(OURS), rival)
     goal, short = "T=512 not slower than naive", rows_of(OURS, tokens=512)
-    yield from against(goal, short, "naive") if short else [Verdict(goal, "T=512", "", "", None)]
+    yield from against(goal, short, "naive") if short else [Verdict(goal, "T=512", "")]
     claim = rows_of(OURS_CPU, case="claim@2048-float32-frozen")
     for rival, column, share in CLAIM:
         what = "memory" if "mib" in column else "time (min)"
         goal = f"on a CPU, {share:g} times {rival}'s {what}"
-        none = [Verdict(goal, "claim", "", "", None)]
+        none = [Verdict(goal, "claim", "")]
         yield from against(goal, claim, rival, column, share) if claim else none
 
 

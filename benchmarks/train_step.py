@@ -209,9 +209,7 @@ class StepTask:
         cut = self.setup.prompt + 2
         self.loss(self.ids[:, :cut], self.labels[:, :cut]).backward()
         self.optimizer.zero_grad()
-        with measure.PeakMemory(torch.device(self.setup.device)) as peak:
-            self.step()
-        return {"peak_mib": peak.mib}
+        return {"peak_mib": measure.peak_mib(self.step, torch.device(self.setup.device))}
 
     def step(self) -> None:
         self.optimizer.zero_grad()
@@ -219,7 +217,7 @@ class StepTask:
         self.optimizer.step()
 
     def run(self) -> measure.Timing:
-        return measure.timed(self.step, torch.device(self.setup.device))
+        return measure.timed(torch.device(self.setup.device), self.step)
 
     def fits(self, length: int) -> bool:
         """Whether a step on sequences of `length` ends without running out of memory."""

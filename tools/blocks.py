@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.cases import BY_WIDTH, Case, case_of, make_inputs
 from benchmarks.environment import begin, beside, default_stem, markdown
-from benchmarks.measure import BareGemm, PeakMemory, Plan, execute, interleave, spread
+from benchmarks.measure import BareGemm, Plan, execute, interleave, peak_mib, spread
 from benchmarks.peers import PEERS
 from benchmarks.run import select_cases
 from dilkern.backends import base
@@ -116,11 +116,8 @@ def strips(rows: int = 1024, words: int = 4096) -> dict[str, Job]:
 
 
 def report(title: str, jobs: dict[str, Job], rounds: int, device: str = "cpu") -> str:
-    peaks = {}
-    for name, job in jobs.items():  # which warms every job up as well
-        with PeakMemory(torch.device(device)) as peak:
-            job()
-        peaks[name] = peak.mib
+    # Which warms every job up as well.
+    peaks = {name: peak_mib(job, torch.device(device)) for name, job in jobs.items()}
     samples, _ = interleave({n: partial(used, job) for n, job in jobs.items()}, Plan(rounds))
     lines = []
     for name, mine in samples.items():

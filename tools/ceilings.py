@@ -26,7 +26,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     for call in [*calls.values()] * 2:  # warm
         call()
-    samples, _ = interleave({n: partial(timed, c, device) for n, c in calls.items()}, Plan(rounds))
+    samples, _ = interleave({n: partial(timed, device, c) for n, c in calls.items()}, Plan(rounds))
     found = {name: spread([t.total for t in mine], "x") for name, mine in samples.items()}
     return [{"what": n, "ms": s["x_ms"], "ms_min": s["x_ms_min"]} for n, s in found.items()]
 

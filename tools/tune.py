@@ -78,7 +78,7 @@ def compare(
         want = got if want is None else want
         if want is not None and not (got - want).norm() <= 1e-2 * want.norm():
             failed[name] = f"wrong numbers: {(got - want).norm() / want.norm():.3g} from the first"
-    alive = {n: partial(timed, call, device) for n, call in calls.items() if n not in failed}
+    alive = {n: partial(timed, device, call) for n, call in calls.items() if n not in failed}
     samples, _ = interleave(alive, Plan(rounds))
     times = {n: spread([t.total for t in mine], "x")["x_ms"] for n, mine in samples.items()}
     return times, failed
