@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, help="Tables, pictures and goals from result files.")
 
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+MARKERS = ("<!-- benchmarks:begin -->", "<!-- benchmarks:end -->")
 MIB = 2**20
 
 
@@ -191,16 +191,18 @@ def text_of(path: Path, rows: Sequence[Row]) -> str:
     return f"{source_line(path)}\n\n{table(rows)}"
 
 
-def insert(text: str, block: str) -> str:
+def insert(text: str, block: str, markers: tuple[str, str] = MARKERS) -> str:
     """Put `block` between the markers of `text`.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the file needs one {BEGIN} and after it one {END}")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{block.strip()}\n{END}{rest.split(END)[1]}"
+    begin, end = markers
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    if text.count(begin) != 1 or text.count(end) != 1 or end in before:
+        raise ValueError(f"the file needs one {begin} and after it one {end}")
+    return f"{before}{begin}\n{block.strip()}\n{end}{after}"
 
 
 # Goals: on a GPU bf16, T = 8192, forward and backward, as multiples of the bare GEMM (2TVD) of the same

@@ -355,8 +355,9 @@ def test_pictures_and_tables_come_from_the_file(tmp_path: Path) -> None:
 
 
 def test_the_table_goes_between_the_markers() -> None:
-    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    assert report.insert(text, "new") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    begin, end = report.MARKERS
+    text = f"before\n{begin}\nold\n{end}\nafter\n"
+    assert report.insert(text, "new") == f"before\n{begin}\nnew\n{end}\nafter\n"
     with pytest.raises(ValueError, match="needs one"):
         report.insert("no markers", "new")
 

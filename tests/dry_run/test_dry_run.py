@@ -18,7 +18,7 @@ import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tools.dry_run import capture, cases, judge, read, tables  # noqa: E402
+from tools.dry_run import capture, cases, judge, read  # noqa: E402
 from tools.dry_run.__main__ import dry_run  # noqa: E402
 
 CASE = cases.Case("dense", "bfloat16", "plain", (4096, 128256, 1024))
@@ -27,13 +27,13 @@ CASE = cases.Case("dense", "bfloat16", "plain", (4096, 128256, 1024))
 def test_launches_of_sm_90_compile_to_what_they_should():
     """The cases of `make test`; `make dry-run` takes all of them and every architecture."""
     rows, wrong = dry_run("sm_90", quick=True)
-    if tables.table_path().exists():
-        wrong += tables.compare(rows, tables.read_table(tables.table_path()), complete=False)
+    if judge.table_path().exists():
+        wrong += judge.compare(rows, judge.read_table(judge.table_path()), complete=False)
     assert not wrong, "\n".join(wrong)
 
 
 def test_tables_of_the_docs_are_those_of_the_results():
-    assert tables.DOCS.read_text() == tables.docs_with_tables(), "python -m tools.dry_run --docs"
+    assert judge.DOCS.read_text() == judge.docs_with_tables(), "python -m tools.dry_run --docs"
 
 
 # --- The gate's judgement, from planted inputs -------------------------------------------------
@@ -154,28 +154,27 @@ def test_a_compiler_error_is_wrong_and_scalar_access_to_ragged_rows_is_not():
     ],
 )
 def test_programs_per_sm(arch, registers, warps, shared, programs):
-    assert judge.programs_per_sm(arch, registers, warps, shared) == programs
+    compiled = GOOD._replace(registers=registers, warps=warps, shared=shared)
+    assert judge.programs_per_sm(arch, compiled) == programs
 
 
-ROW = tables.Row(
-    "sm_90", "dz_tile", "bfloat16", "plain", "even", 1, 128, 0, 98328, 2, 1480, "HGMMA"
-)
+ROW = judge.Row("sm_90", "dz_tile", "bfloat16", "plain", "even", 1, 128, 0, 98328, 2, 1480, "HGMMA")
 
 
 def test_what_fell_behind_the_table_is_wrong():
-    (fell,) = tables.compare([ROW._replace(programs=1)], [ROW], complete=True)
+    (fell,) = judge.compare([ROW._replace(programs=1)], [ROW], complete=True)
     assert "from 2 to 1 programs per SM" in fell
-    lacks, gone = tables.compare([ROW._replace(variant="all")], [ROW], complete=True)
+    lacks, gone = judge.compare([ROW._replace(variant="all")], [ROW], complete=True)
     assert "not in the table" in lacks and "no longer launched" in gone
     table = [ROW, ROW._replace(arch="sm_80"), ROW._replace(variant="all")]
-    assert tables.compare([ROW._replace(programs=3)], table, complete=False) == []
+    assert judge.compare([ROW._replace(programs=3)], table, complete=False) == []
 
 
 def test_a_table_keeps_the_rows_of_architectures_that_were_not_run(tmp_path):
     other, path = ROW._replace(arch="sm_80"), tmp_path / "table.csv"
-    tables.write_table([ROW, other], path)
-    tables.write_table([ROW._replace(registers=96)], path)
-    assert tables.read_table(path) == [other, ROW._replace(registers=96)]
+    judge.write_table([ROW, other], path)
+    judge.write_table([ROW._replace(registers=96)], path)
+    assert judge.read_table(path) == [other, ROW._replace(registers=96)]
 
 
 # --- Capture and compilation, from planted kernels ---------------------------------------------

@@ -8,8 +8,8 @@
 The backend and the small ops run on tensors without memory that say they lie on a GPU (`cases`). Their
 launches go through Triton's own binder, which sees what it will see on a GPU: which integers are 1 or
 divide by 16, which pointers are aligned, which arguments are None (`capture`). Each specialisation is
-compiled for its target and its PTX, SASS and ptxas report are read (`read`), judged (`judge`) and
-compared with what was committed (`tables`). Nothing is launched, no GPU is needed.
+compiled for its target and its PTX, SASS and ptxas report are read (`read`), judged and compared
+with the committed table (`judge`). Nothing is launched, no GPU is needed.
 
 Run it without TRITON_INTERPRET: the interpreter replaces the compiler in a process that sets it.
 """

@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 import sys
+from pprint import pprint
 from typing import Annotated
 
 import triton
 import typer
 
-from tools.dry_run.capture import ARCHITECTURES, Seen, capture
+from tools.dry_run import judge
+from tools.dry_run.capture import ARCHITECTURES, capture
 from tools.dry_run.cases import cases
-from tools.dry_run.judge import judge
-from tools.dry_run.read import Compiled, compile_all
-from tools.dry_run.tables import (
-    DOCS,
-    NOTABLE,
-    Row,
-    compare,
-    docs_with_tables,
-    read_table,
-    table_path,
-    tabulate,
-    write_table,
-)
-
-
-def describe(seen: Seen, compiled: Compiled | str) -> str:
-    if isinstance(compiled, str):
-        return f"    {compiled}"
-    operations = compiled.operations
-    lines = [
-        f"    {compiled.hash[:12]} registers={compiled.registers} spills={compiled.spills} "
-        f"shared={compiled.shared} warps={compiled.warps} "
-        f"instructions={sum(operations.values())} "
-        + " ".join(f"{x}={operations[x]}" for x in NOTABLE if operations.get(x))
-    ]
-    for name, counts in compiled.accesses.items():
-        text = " ".join(f"{n} x {a.kind}{a.bytes}" for a, n in sorted(counts.items()))
-        lines.append(f"    {name}{' (even)' if name in seen.wide else ''}: {text}")
-    return "\n".join(lines)
+from tools.dry_run.judge import DOCS, Row, docs_with_tables
+from tools.dry_run.read import compile_all
 
 
 def dry_run(arch: str, *, quick: bool = False, kernel: str = "") -> tuple[list[Row], list[str]]:
@@ -49,11 +24,12 @@ def dry_run(arch: str, *, quick: bool = False, kernel: str = "") -> tuple[list[R
     found = sorted(zip(seen, compiled), key=lambda pair: pair[0].launch.function.__name__)
     for one, result in found:
         title = f"{arch} {one.launch.function.__name__}, {len(one.cases)} cases, as {one.cases[0]}"
-        complaints = judge(one, result)
+        complaints = judge.judge(one, result)
         wrong += [f"{title}: {complaint}" for complaint in complaints]
         if kernel:
-            print(title, describe(one, result), sep="\n")
-    return tabulate(found), wrong
+            print(title)
+            pprint(result if isinstance(result, str) else result._asdict(), width=100, compact=True)
+    return judge.tabulate(found), wrong
 
 
 def main(
@@ -70,15 +46,15 @@ def main(
         raise typer.BadParameter(f"no architecture is called {', '.join(sorted(unknown))}")
     if write and kernel:
         raise typer.BadParameter("--write needs every kernel: leave out --kernel")
-    path, total = table_path(), 0
+    path, total = judge.table_path(), 0
     if not write and not path.exists():
         print(f"no {path.name}: programs per SM are compared with nothing")
     for one in arch or ARCHITECTURES:
         rows, wrong = dry_run(one, kernel=kernel)
         if write:
-            write_table(rows, path)
+            judge.write_table(rows, path)
         elif path.exists():
-            wrong += compare(rows, read_table(path), complete=not kernel)
+            wrong += judge.compare(rows, judge.read_table(path), complete=not kernel)
         for complaint in wrong:
             print(f"WRONG {complaint}")
         what = f"{one}, Triton {triton.__version__}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -64,23 +65,15 @@ class Pretend(TorchFunctionMode):
         return func(*map(on_meta, args), **kwargs)
 
 
-class Stub:
+def driver(arch: str) -> SimpleNamespace:
     """Triton's driver: a target without a device."""
-
-    def __init__(self, arch: str) -> None:
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return ARCHITECTURES[self.arch].target
-
-    def get_current_device(self) -> str:
-        return self.arch  # kernels keep binders and caches by device: each target has its own
-
-    def get_current_stream(self, device: object) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+    return SimpleNamespace(
+        get_current_target=lambda: ARCHITECTURES[arch].target,
+        # Kernels keep binders and caches by device: each target has its own.
+        get_current_device=lambda: arch,
+        get_current_stream=lambda device: 0,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
 
 
 class Launch(NamedTuple):
@@ -164,7 +157,7 @@ def recording(arch: str) -> Iterator[Recorder]:
     hip = target.backend == "hip"
     capability = (9, 4) if hip else divmod(int(target.arch), 10)
     with (
-        mock.patch.object(triton.runtime.driver, "_active", Stub(arch)),
+        mock.patch.object(triton.runtime.driver, "_active", driver(arch)),
         mock.patch.object(JITFunction, "run", lambda *a, **k: recorder.run(*a, **k)),
         mock.patch.object(JITFunction, "_do_compile", lambda *a: recorder.compile(*a)),
         mock.patch("torch.cuda.get_device_capability", lambda *_: capability),

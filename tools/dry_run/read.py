@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import triton
 from triton.compiler import ASTSource, make_backend
 
-from tools.dry_run.capture import ARCHITECTURES, Launch, Stub
+from tools.dry_run.capture import ARCHITECTURES, Launch, driver
 
 
 class Access(NamedTuple):
@@ -123,7 +123,7 @@ def _read_amd(asm: str) -> dict[str, Any]:
 def compile_launch(launch: Launch) -> Compiled | str:
     """Compile one specialisation; return what it became, or the error in one line."""
     target, said = ARCHITECTURES[launch.arch].target, io.StringIO()
-    triton.runtime.driver.set_active(Stub(launch.arch))
+    triton.runtime.driver.set_active(driver(launch.arch))
     try:
         source = ASTSource(launch.function, *launch.source)
         with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
