@@ -210,8 +210,9 @@ def build_layer(kind: str, weight: Tensor) -> nn.Module | None:
     if kind == "nf4":
         import bitsandbytes as bnb
 
-        layer = bnb.nn.Linear4bit(1, 1, bias=False, compute_dtype=weight.dtype)
-        layer.in_features, layer.out_features = width, vocab
+        layer = bnb.nn.Linear4bit(
+            width, vocab, bias=False, compute_dtype=weight.dtype, device="meta"
+        )
         layer.weight = bnb.nn.Params4bit(
             weight.detach().clone(), requires_grad=False, quant_type="nf4", module=layer
         )
@@ -219,9 +220,8 @@ def build_layer(kind: str, weight: Tensor) -> nn.Module | None:
         return layer.to(weight.device)
     from peft import LoraConfig, inject_adapter_in_model
 
-    base = nn.Linear(1, 1, bias=False)
+    base = nn.Linear(width, vocab, bias=False, device="meta")
     base.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    base.in_features, base.out_features = width, vocab
     alpha = LORA_SCALING * LORA_RANK
     config = LoraConfig(r=LORA_RANK, lora_alpha=alpha, target_modules=["lm_head"])
     layer = inject_adapter_in_model(config, nn.ModuleDict({"lm_head": base}))["lm_head"]

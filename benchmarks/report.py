@@ -385,18 +385,14 @@ def over(rows: Iterable[Row], axis: str) -> list[Curve]:
 
 def accuracy(rows: Sequence[Row]) -> Figure:
     """Error of the gradient over error of the token log-probs, refused rows marked by a cross."""
-    figure, ((axis,),) = _panels(1, 1, 7.5, 6)
+    colours, (figure, ((axis,),)) = _colours(rows), _panels(1, 1, 7.5, 6)
     judged = [row for row in rows if row.get("logp_err_rms") and row.get("grad_err_rms")]
     for peer, mine in groups(judged, "peer").items():
         for number, row in enumerate(mine):
             marker = "o" if row["dtype"] == "float32" else "s"
-            axis.plot(
-                *(row["logp_err_rms"], row["grad_err_rms"]),
-                "x" if row["status"] == "refused" else marker,
-                color=_colours(rows)[peer],
-                label=None if number else peer,
-                alpha=0.8,
-            )
+            style = {"marker": "x" if row["status"] == "refused" else marker, "alpha": 0.8}
+            style |= {"color": colours[peer], "label": None if number else peer}
+            axis.plot(row["logp_err_rms"], row["grad_err_rms"], **style)
     axis.set(xscale="log", yscale="log", title="circle fp32, square 16 bit, cross refused")
     axis.set_xlabel("rms error of token log-probs against fp64, nats")
     axis.set_ylabel("relative rms error of the hidden-state gradient")

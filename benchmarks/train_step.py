@@ -18,6 +18,7 @@ fits, found by bisection, one pair per step. Models that the result file has are
 
 from __future__ import annotations
 
+import bisect
 import gc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -176,7 +177,7 @@ class StepTask:
         self.model = build_model(setup, dtype, fused=method == "trl")
         self.ids, self.labels = make_batch(setup)
         self.parameters = [p for n, p in self.model.named_parameters() if "lora" in n]
-        self.initial = [p.detach().clone() for p in self.parameters]
+        self.found: tuple[float, Tensor] | None = None
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
 
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
@@ -188,10 +189,6 @@ class StepTask:
 
     def gradients(self) -> tuple[float, Tensor]:
         """Loss and adapter gradient of the first step, without the step."""
-        with torch.no_grad():
-            for parameter, initial in zip(self.parameters, self.initial):
-                parameter.copy_(initial)
-        self.optimizer.zero_grad()
         pairs, checked = self.setup.pairs, self.setup.checked_pairs or self.setup.pairs
         rows = [*range(checked), *range(pairs, pairs + checked)]  # chosen first
         loss = self.loss(self.ids[rows], self.labels[rows])
@@ -201,14 +198,12 @@ class StepTask:
         return loss.item(), found
 
     def check(self, truth: tuple[float, Tensor]) -> dict[str, float]:
-        loss, gradient = self.gradients()
+        loss, gradient = self.found or self.gradients()
         return {"loss_err": abs(loss - truth[0]), "grad_err": relative(gradient, truth[1])[1]}
 
     def first(self) -> dict[str, float]:
-        """Warm up on a short batch, then watch the memory of one step."""
-        cut = self.setup.prompt + 2
-        self.loss(self.ids[:, :cut], self.labels[:, :cut]).backward()
-        self.optimizer.zero_grad()
+        """Keep what will be checked, which warms up as well, then watch the memory of one step."""
+        self.found = self.gradients()
         return {"peak_mib": measure.peak_mib(self.step, torch.device(self.setup.device))}
 
     def step(self) -> None:
@@ -237,8 +232,7 @@ class StepTask:
     def close(self) -> None:
         self.optimizer.zero_grad()
         gc.collect()
-        if self.setup.device == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
 def step_band(name: str, dtype: torch.dtype) -> float:
@@ -281,19 +275,9 @@ def steps(setup: Setup, rounds: int, remote: bool | None = None) -> list[dict[st
 
 
 def longest(trial: Callable[[int], bool], unit: int, most: int) -> int:
-    """The largest multiple of `unit` up to `most` that passes, by doubling and bisection; 0 for none.
-
-    It stops where the bracket is narrower than a sixteenth.
-    """
-    good, bad = 0, unit
-    while bad <= most and trial(bad):
-        good, bad = bad, 2 * bad
-    if bad > most:
-        return good
-    while bad - good > max(unit, good // 16):
-        middle = (good + bad) // 2 // unit * unit
-        good, bad = (middle, bad) if trial(middle) else (good, middle)
-    return good
+    """The largest multiple of `unit` up to `most` that passes, by bisection; 0 for none."""
+    lengths = range(unit, most + 1, unit)
+    return unit * bisect.bisect(lengths, False, key=lambda length: not trial(length))
 
 
 def longest_under(setup: Setup, cap_gib: float, unit: int, most: int) -> list[dict[str, Any]]:
