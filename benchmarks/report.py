@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import linear_regression
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -135,12 +136,11 @@ class Fit(NamedTuple):
     memory: float
 
 
-def exponent(x: Iterable[float], y: Iterable[float]) -> float:
+def exponent(x: list[float], y: list[float]) -> float:
     """The slope of log y over log x by least squares; NaN if a value is not positive."""
-    import numpy as np
-
-    points = np.asarray([list(x), list(y)], dtype=float)
-    return float(np.polyfit(*np.log(points), 1)[0]) if (points > 0).all() else math.nan
+    if min(*x, *y) <= 0:
+        return math.nan
+    return linear_regression([*map(math.log, x)], [*map(math.log, y)]).slope
 
 
 def fits(rows: Iterable[Row]) -> list[Fit]:

@@ -43,10 +43,14 @@ def row_blocks(case: Case) -> list[slice]:
     return [slice(a, min(a + size, case.tokens)) for a in range(0, case.tokens, size)]
 
 
-def preference_loss(logps: Tensor, case: Case) -> Tensor:
-    """DPO on mean log-probs, as Liger computes it; in mode "step" the reference equals the policy."""
-    means = logps.view(case.sequences, -1).mean(1)
-    ratios = means - means.detach() if case.mode == "step" else means
+def scalar_of(output: str, logps: Tensor, inputs: Inputs) -> Tensor:
+    """The mean of -log p, or DPO on mean log-probs as Liger has it (mode "step": the policy is the
+    reference).
+    """
+    if output == "mean_nll":
+        return -logps.mean()
+    means = logps.view(inputs.case.sequences, -1).mean(1)
+    ratios = means - means.detach() if inputs.case.mode == "step" else means
     chosen, rejected = ratios.chunk(2)
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
@@ -58,10 +62,6 @@ def upstream(output: str, logps: Tensor, inputs: Inputs) -> Tensor:
     with torch.enable_grad():
         leaf = logps.detach().requires_grad_()
         return torch.autograd.grad(scalar_of(output, leaf, inputs), leaf)[0]
-
-
-def scalar_of(output: str, logps: Tensor, inputs: Inputs) -> Tensor:
-    return -logps.mean() if output == "mean_nll" else preference_loss(logps, inputs.case)
 
 
 def _fp64_blocks(inputs: Inputs, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:

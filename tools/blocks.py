@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -38,7 +38,7 @@ SHAPES = {
 }
 GPU_CASES = ",".join(case_of(head, 8192, dtype="bfloat16").key for head in BY_WIDTH[::-1])
 STRIPS = (32, 64, 128, 256, 1024)
-Job = Callable[[], object]
+Job = Callable[[], Any]
 
 
 def fold(z: Tensor, reference: Tensor, total: Tensor, strip: int) -> None:
@@ -68,10 +68,12 @@ def used(job: Job) -> Usage:
     return Usage(*seconds, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
 
 
-def replaced(module: object, name: str, answer: object, job: Job) -> Job:
+def replaced(
+    module: object, name: str, answer: object, job: Callable[[], Any]
+) -> Callable[[], Any]:
     """`job` with a function of the package giving `answer`."""
 
-    def run() -> object:
+    def run() -> Any:
         with mock.patch.object(module, name, lambda *_, **unused: answer):
             return job()
 

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
-from unittest import mock
 
 import torch
 import typer
@@ -32,6 +31,7 @@ from dilkern.kernels.dz_tile import dz_tile
 from dilkern.kernels.fold_block import fold_block
 from dilkern.kernels.nf4_dequant import Packed4bit, nf4_dequant
 from dilkern.kernels.softmax_tile import softmax_tile
+from tools.blocks import replaced
 
 ROWS = {
     "chunk": [Rows(1, 2048, 4), Rows(1, 4096, 4), Rows(1, 8192, 8), Rows(1, 8192, 16)],
@@ -100,16 +100,6 @@ def entries(
     ]
 
 
-def using(name: str, row: Any, call: Call) -> Call:
-    """`call` with the table's answer to `configs.<name>` replaced."""
-
-    def run() -> Tensor | None:
-        with mock.patch.object(configs, name, lambda *unused: row):
-            return call()
-
-    return run
-
-
 def log_sums(exponents: Tensor, sums: Tensor) -> Tensor:
     """The logarithm (n,) of the sum that tiles stand for, whatever their width."""
     return torch.logsumexp(exponents * 0.6931471805599453 + sums.log(), 1)
@@ -147,8 +137,8 @@ def tune_tiles(
         return p
 
     candidates, shape = tiles(device, dtype), (n, v, d)
-    ours = {tile: using("tile", tile, partial(own, tile)) for tile in candidates}
-    again = {tile: using("tile", tile, recompute) for tile in candidates}
+    ours = {tile: replaced(configs, "tile", tile, partial(own, tile)) for tile in candidates}
+    again = {tile: replaced(configs, "tile", tile, recompute) for tile in candidates}
     found = entries("softmax_tile", {"library": library} | ours, shape, device, rounds)
     return found + entries("dz_tile", again, shape, device, rounds)
 
@@ -185,7 +175,7 @@ def tune_rows(device: torch.device, n: int, v: int, d: int, rounds: int) -> list
     found = []
     for name, call in calls.items():
         p.zero_()
-        mine = {row: using(name, row, partial(call, row)) for row in rows(name, device)}
+        mine = {row: replaced(configs, name, row, partial(call, row)) for row in rows(name, device)}
         found += entries(name, mine, (n, v, d), device, rounds)
     return found
 
