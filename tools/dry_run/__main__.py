@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pprint import pprint
 from typing import Annotated
 
 import triton
@@ -27,8 +26,7 @@ def dry_run(arch: str, *, quick: bool = False, kernel: str = "") -> tuple[list[R
         complaints = judge.judge(one, result)
         wrong += [f"{title}: {complaint}" for complaint in complaints]
         if kernel:
-            print(title)
-            pprint(result if isinstance(result, str) else result._asdict(), width=100, compact=True)
+            print(title, result, sep="\n")
     return judge.tabulate(found), wrong
 
 
