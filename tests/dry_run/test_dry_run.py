@@ -120,7 +120,7 @@ BAD = {
     "scalar store of P": ({"accesses": {"p": {read.Access("st", 2): 64}}}, "p: 64 x st of 2 bytes"),
     "scalar load of logits": ({"accesses": {"z": {read.Access("ld", 4): 16}}}, "z: 16 x ld of 4"),
     "warning": ({"warnings": ["(C7515) serialized"]}, "C7515"),
-    "spills": ({"spills": 24}, "24 bytes of spills"),
+    "spills": ({"spills": 4}, "4 bytes of spills"),
     "shared memory": ({"shared": 228 << 10}, "do not fit"),
     "no tensor cores": ({"operations": {"FFMA": 64, "UTMALDG": 6}}, "no HGMMA"),
     "no asynchronous copies": ({"operations": {"HGMMA": 4, "LDG": 6}}, "no UTMALDG"),

@@ -17,8 +17,6 @@ from tools.dry_run.read import Compiled
 DOCS = ROOT / "docs" / "kernels.md"
 MARKERS = ("<!-- resources: begin -->", "<!-- resources: end -->")
 NOTABLE = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "v_mfma")
-# ptxas at times keeps a few bytes on the stack to reach a round number of registers.
-SPILLS_ALLOWED = 16
 
 
 def programs_per_sm(arch: str, compiled: Compiled) -> int:
@@ -38,7 +36,7 @@ def judge(seen: Seen, compiled: Compiled | str) -> list[str]:
     arch = seen.launch.arch
     nvidia = ARCHITECTURES[arch].target.backend == "cuda"
     wrong = [f"ptxas: {line}" for line in compiled.warnings]
-    if compiled.spills > SPILLS_ALLOWED:
+    if compiled.spills:
         wrong.append(f"{compiled.spills} bytes of spills")
     if nvidia and not programs_per_sm(arch, compiled):
         wrong.append(f"{compiled.shared} bytes of shared memory do not fit")
