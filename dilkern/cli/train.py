@@ -16,7 +16,13 @@ from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from dilkern import __version__
 from dilkern.cli import report
-from dilkern.cli.model import lora_targets, model_config, on_meta_device, sequence_limit
+from dilkern.cli.model import (
+    lora_targets,
+    model_config,
+    on_meta_device,
+    positions_of,
+    sequence_limit,
+)
 from dilkern.cli.options import Options, Parser, library_checks, read
 from dilkern.integrations.data import check_against_tokenizer, read_preferences
 from dilkern.integrations.trl import DILTrainer
@@ -95,7 +101,7 @@ def _prepare(options: Options) -> dict[str, Any]:
     architecture = model_config(name, **source)
     if config.max_length is not None:
         asked = config.max_length if "max_length" in options.given else None
-        config.max_length = sequence_limit(architecture, asked)
+        config.max_length = sequence_limit(positions_of(architecture), asked)
     targets = model.lora_target_modules
     if model.use_peft and targets != "all-linear":
         model.lora_target_modules = lora_targets(

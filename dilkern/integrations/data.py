@@ -232,12 +232,15 @@ def _described(kind: tuple[str, bool], row: dict[str, Any]) -> str:
     return f"{kind[0]} {form} {'with' if 'prompt' in row else 'without'} a prompt{reference}"
 
 
-def check_completions(dataset: Any, name: str) -> None:
+def check_completions(dataset: Any, name: str) -> tuple[int, int]:
     """Check columns and completions of a dataset that somebody else has read.
 
     Args:
         dataset: rows of TRL's formats. Of one without a length only the first row is looked at.
         name: how messages call it.
+
+    Returns:
+        Pairs whose completions are equal, and all rows; for `check_differences`.
 
     Raises:
         ValueError: a column is missing, or a completion is empty; with row and remedy.
@@ -247,9 +250,12 @@ def check_completions(dataset: Any, name: str) -> None:
     completions = [key for key in ("chosen", "rejected", "completion") if key in row]
     whole = hasattr(dataset, "select_columns") and hasattr(dataset, "__len__")
     rows = dataset.select_columns(completions) if whole else [row]
+    equal = number = 0
     for number, row in enumerate(rows, 1):
         for key in completions:
             _check_filled(f"{name}, row {number}", key, row[key])
+        equal += whole and "chosen" in row and row["chosen"] == row["rejected"]
+    return equal, number
 
 
 def check_differences(equal: int, rows: int, name: str) -> str | None:

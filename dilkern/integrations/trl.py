@@ -21,13 +21,18 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import DataCollatorForVisionUnpairedPreference
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
-from dilkern.integrations.collators import UnpairedCollator, UnpairedVisionCollator, mismatched
+from dilkern.integrations.collators import (
+    UnpairedCollator,
+    UnpairedVisionCollator,
+    kept,
+    mismatched,
+)
 from dilkern.integrations.data import check_completions, check_differences
 from dilkern.integrations.heads import (
     adapter_alone,
@@ -167,21 +172,16 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         if args.learning_rate is None:
             adapted = not isinstance(model, str) and is_peft_model(model)
             args.learning_rate = 1e-4 if adapted or kwargs.get("peft_config") else 1e-6
-        dataset = kwargs.get("train_dataset")
-        if dataset is None:
-            reject("`train_dataset` is required", "none", "Pass a preference dataset.")
+        dataset: Any = kwargs.get("train_dataset")
         for name, data in [
             ("train_dataset", dataset),
             *(("eval_dataset", e) for e in _evals(kwargs)),
         ]:
-            if next(iter(data), None) is None:
-                reject(f"`{name}` must have at least one row", "none", "Pass another one.")
+            if data is None or next(iter(data), None) is None:
+                reject(f"`{name}` must have at least one row", "none", "Pass preference data.")
             if _has_images(data):  # which the parent hands to the collator without a look
-                check_completions(data, name)
-                if isinstance(data, Dataset) and "chosen" in data.column_names:
-                    pairs = data.select_columns(["chosen", "rejected"])
-                    equal = sum(row["chosen"] == row["rejected"] for row in pairs)
-                    _say(check_differences(equal, len(pairs), name), args)
+                equal, rows = check_completions(data, name)
+                _say(check_differences(equal, rows, name), args)
         # Before the parent's __init__, which may call `compute_ref_log_probs`.
         self._objective = args.objective()
         entry = self._objective.loss
@@ -206,8 +206,6 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         tied = not isinstance(model, str) and is_tied(model)
         if args.quantize_lm_head:
             _say(quantize_lm_head(model), args)
-        if self._unpaired and kwargs.get("data_collator") is None:
-            kwargs["data_collator"] = self._unpaired_collator(model, args, kwargs)
         if not self._needs_reference:
             ref_model = _NoReference()
         self._checked: set[int] = set()
@@ -224,6 +222,17 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             self._until_installed.close()
         if not self._needs_reference:
             self.ref_model = None
+        if self._unpaired and kwargs.get("data_collator") is None:
+            self.data_collator = UnpairedCollator(self.data_collator)
+            if self._is_vision_dataset:
+                processor: Any = self.processing_class
+                of_kto = DataCollatorForVisionUnpairedPreference(
+                    processor,
+                    max_length=args.max_length,
+                    calculate_kl=False,  # see `mismatched`
+                    pad_to_multiple_of=args.pad_to_multiple_of,  # type: ignore[arg-type]
+                )
+                self.data_collator = UnpairedVisionCollator(of_kto)
         if tied:
             check_adapter(self.model)
         self._install(self.model)
@@ -248,7 +257,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                     "Drop one of them.",
                 )
             init["quantization_config"] = quantization
-        check_quantization(config, init.get("quantization_config"), args.quantize_lm_head)
+        check_quantization(config, init.get("quantization_config"))
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             init["device_map"] = None  # "auto" would spread each rank's model over all GPUs
         if kwargs.get("processing_class") is None:
@@ -263,30 +272,31 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 "the dataset brings ref_chosen_logps" if given else f"loss {entry.name!r} uses none"
             )
             reject("`ref_model` must be left out", f"a ref_model, but {why}", "Drop one of them.")
-        if given and args.precompute_ref_log_probs:
-            reject(
-                "reference log-probs are either in the dataset or precomputed",
-                "columns ref_chosen_logps and precompute_ref_log_probs=True",
-                "Remove the columns, or set precompute_ref_log_probs=False.",
-            )
-        if given and entry.baseline:
-            reject(
-                f"loss {entry.name!r} scores mismatched pairs, which change with every batch",
-                "a dataset with ref_chosen_logps",
-                "Remove these columns.",
-            )
-        if self._unpaired and (args.pairing or entry.pairing) == "pairwise":
-            reject(
-                f"loss {entry.name!r} with pairwise pairing needs pairs",
-                "an unpaired dataset (prompt, completion, label)",
-                "Use prompt, chosen and rejected, or a pointwise loss such as 'lsif'.",
-            )
-        if self._unpaired and args.precompute_ref_log_probs:
-            reject(
-                "precompute_ref_log_probs needs a paired dataset",
-                "an unpaired dataset (prompt, completion, label)",
-                "Set precompute_ref_log_probs=False.",
-            )
+        images = _has_images(kwargs["train_dataset"])
+        for clash, what in (
+            (args.precompute_ref_log_probs, "precompute_ref_log_probs=True"),
+            (entry.baseline, f"loss {entry.name!r}, which scores pairs that change with the batch"),
+            (images, "images, whose collator drops them"),
+        ):
+            if given and clash:
+                reject(
+                    "reference log-probs come with text alone, for a reference of fixed pairs",
+                    f"columns ref_chosen_logps, and {what}",
+                    "Remove these columns, or leave out what they clash with.",
+                )
+        for clash, what in (
+            (
+                (args.pairing or entry.pairing) == "pairwise",
+                f"loss {entry.name!r} with pairwise pairing",
+            ),
+            (args.precompute_ref_log_probs, "precompute_ref_log_probs=True"),
+        ):
+            if self._unpaired and clash:
+                reject(
+                    f"{what} needs pairs",
+                    "an unpaired dataset (prompt, completion, label)",
+                    "Use prompt, chosen and rejected, or leave it out: 'lsif' is a pointwise loss.",
+                )
         whole = getattr(kwargs.get("peft_config"), "modules_to_save", None) or ()
         if args.quantize_lm_head and "lm_head" in whole:
             reject(
@@ -294,13 +304,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 "quantize_lm_head=True and modules_to_save=['lm_head']",
                 "Drop one of them; an untied lm_head may go into target_modules.",
             )
-        if given and _has_images(kwargs["train_dataset"]):
-            reject(
-                "reference log-probs come with text alone",
-                "ref_chosen_logps in a train_dataset with images, whose collator drops them",
-                "Remove these columns.",
-            )
-        if args.padding_free and _has_images(kwargs["train_dataset"]):
+        if args.padding_free and images:
             reject(
                 "padding_free takes text alone",
                 "a train_dataset with images",
@@ -327,34 +331,6 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                         f"{name}={getattr(args, name)}",
                         "Raise it; gradient_accumulation_steps may go down for it.",
                     )
-
-    def _unpaired_collator(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        processing_class = kwargs.get("processing_class")
-        if processing_class is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            processing_class = AutoProcessor.from_pretrained(name, **_source(args))
-            kwargs["processing_class"] = processing_class
-        processor = isinstance(processing_class, ProcessorMixin)
-        tokenizer: Any = processing_class.tokenizer if processor else processing_class
-        pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
-        if pad_token not in tokenizer.get_vocab():
-            reject("`pad_token` must be in the vocabulary", repr(pad_token), "Name another token.")
-        tokenizer.pad_token = pad_token
-        if processor and _has_images(kwargs["train_dataset"]):
-            return UnpairedVisionCollator(
-                DataCollatorForVisionUnpairedPreference(
-                    processing_class,
-                    max_length=args.max_length,
-                    calculate_kl=False,  # see `mismatched`
-                    pad_to_multiple_of=args.pad_to_multiple_of,
-                )
-            )
-        return UnpairedCollator(
-            tokenizer.pad_token_id,
-            args.max_length,
-            args.truncation_mode,
-            args.pad_to_multiple_of,
-        )
 
     @property
     def tokens_trained(self) -> int:
@@ -426,36 +402,29 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
     def _check_tokens(self, prepared: Dataset, args: Any, name: str) -> None:
         """Refuse sequences beyond the model's positions, nothing to score, and pairs of equals."""
         longest, positions = args.max_length, self._positions
-        end = args.truncation_mode == "keep_end"
+        cut = kept(longest, args.truncation_mode)
         known = ("chosen_ids", "rejected_ids", "completion_ids")
         columns = [column for column in known if column in prepared.column_names]
         equal = 0
         for number, row in enumerate(prepared.select_columns(["prompt_ids", *columns]), 1):
-            prompt, kept = len(row["prompt_ids"]), []
+            prompt, sides = row["prompt_ids"], []
             for column in columns:
-                completion = row[column]
-                size = prompt + len(completion)
-                if positions is not None and min(size, longest or size) > positions:
+                ids, mask = prompt + row[column], [0] * len(prompt) + [1] * len(row[column])
+                sides.append((ids[cut], mask[cut]))
+                if positions is not None and len(ids[cut]) > positions:
                     reject(
                         f"{name}, row {number} (tokenized): a sequence must fit into the "
                         f"{positions} positions of the model",
-                        f"{size} tokens",
+                        f"{len(ids)} tokens",
                         f"Set max_length={positions}, drop the row, or take a model with more.",
                     )
-                lost = max(size - longest, 0) if longest else 0
-                before = max(prompt - lost, 0) if end else prompt
-                if end:
-                    completion = completion[max(lost - prompt, 0) :]
-                else:
-                    completion = completion[: max(len(completion) - lost, 0)]
-                if len(completion) < (1 if before else 2):  # nothing predicts a first token
+                if not any(mask[cut][1:]):  # nothing predicts a first token
                     reject(
                         f"{name}, row {number} (tokenized): {column} must have a token to score",
-                        f"{len(row[column])} after a prompt of {prompt}, max_length={longest}",
+                        f"{len(row[column])} after a prompt of {len(prompt)}, max_length={longest}",
                         "Drop the row, or raise max_length.",
                     )
-                kept.append(completion)
-            equal += len(kept) == 2 and kept[0] == kept[1]
+            equal += len(sides) == 2 and sides[0] == sides[1]
         _say(check_differences(equal, len(prepared), name), args)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -568,9 +537,8 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         """Completions of either kind on all ranks: gradients are averaged, hence the count per rank."""
         there = scored.any(1)
         counts = torch.stack([(there & is_chosen).sum(), (there & ~is_chosen).sum()]).float()
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts, "sum") / self.accelerator.num_processes
-        return counts[0], counts[1]
+        chosen, rejected = self.accelerator.reduce(counts, "mean")
+        return chosen, rejected
 
     def _gathered_metrics(self, output: PreferenceLossOutput) -> dict[str, float]:
         """Metrics over the sequences of all ranks, one sync; what has no sequence is left out."""

@@ -30,6 +30,7 @@ _FOREIGN = (
     ("discopop_tau", 0.05, "Leave it out."),
     ("use_liger_kernel", False, "Leave it out: it replaces the forward that dilkern extends."),
 )
+_OF_REFERENCE = ("precompute_ref_log_probs", "sync_ref_model", "reference_free")
 
 
 def _check_report_to(names: Any) -> None:
@@ -144,26 +145,15 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
         check_attention(init.get("attn_implementation"), self.device)
         check_positive("workspace_mib", self.workspace_mib)
         check_choice("backend", self.backend, ("auto", *BACKENDS))
-        if not entry.reference:
-            for name in ("precompute_ref_log_probs", "sync_ref_model", "reference_free"):
-                if getattr(self, name):
-                    reject(
-                        f"loss {entry.name!r} has no reference",
-                        f"{name}=True",
-                        "Leave it out, or take a loss that uses a reference.",
-                    )
-        if self.reference_free:
-            for name in ("precompute_ref_log_probs", "sync_ref_model"):
-                if getattr(self, name):
-                    reject(
-                        "`reference_free` runs no reference", f"{name}=True", "Drop one of them."
-                    )
-        if entry.baseline and self.precompute_ref_log_probs:
-            reject(
-                f"loss {entry.name!r} scores mismatched pairs, which change with every batch",
-                "precompute_ref_log_probs=True",
-                "Set precompute_ref_log_probs=False.",
-            )
+        pairs = f"loss {entry.name!r} scores mismatched pairs, which change with every batch"
+        for clash, rule, names in (
+            (not entry.reference, f"loss {entry.name!r} has no reference", _OF_REFERENCE),
+            (self.reference_free, "`reference_free` runs no reference", _OF_REFERENCE[:2]),
+            (entry.baseline, pairs, _OF_REFERENCE[:1]),
+        ):
+            for name in names:
+                if clash and getattr(self, name):
+                    reject(rule, f"{name}=True", "Leave it out, or take another loss.")
         self.objective()  # every other rule of the loss, before anything is loaded
 
     def objective(self) -> Objective:
