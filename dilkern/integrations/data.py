@@ -105,19 +105,13 @@ def _check_text(where: str, key: str, value: Any) -> bool:
             'Write "..." or [{"role": "user", "content": "..."}].',
         )
     for i, message in enumerate(value):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            keys = sorted(message) if isinstance(message, dict) else type(message).__name__
-            reject(
-                f"{where}: message {i} of {key!r} must have the keys 'role' and 'content'",
-                f"{keys}",
-                'Write {"role": "user", "content": "..."}.',
-            )
         for part in ("role", "content"):
-            if not isinstance(message[part], str):
+            found = message.get(part) if isinstance(message, dict) else message
+            if not isinstance(message, dict) or not isinstance(found, str):
                 reject(
                     f"{where}: {part!r} of message {i} of {key!r} must be text",
-                    type(message[part]).__name__,
-                    "Only text models are supported.",
+                    f"{type(found).__name__} {found!r:.60}",
+                    'Write {"role": "user", "content": "..."}; models of text alone are trained.',
                 )
     if key != "prompt" and value[-1]["role"] != "assistant":
         reject(
@@ -159,8 +153,8 @@ def _check_keys(where: str, keys: set[str]) -> bool:
     return unpaired
 
 
-def _check_row(where: str, row: Any) -> tuple[str, bool]:
-    """Return ("paired" or "unpaired", whether conversational)."""
+def _check_row(where: str, row: Any) -> str:
+    """Check a row; return its format in words, the same ones for rows that go together."""
     if not isinstance(row, dict):
         reject(f"{where}: a row must be a JSON object", type(row).__name__, "See the formats.")
     unpaired = _check_keys(where, set(row))
@@ -185,7 +179,9 @@ def _check_row(where: str, row: Any) -> tuple[str, bool]:
             ", ".join(f"{k} is {'messages' if c else 'text'}" for k, c in kinds.items()),
             "Convert them to one form.",
         )
-    return ("unpaired" if unpaired else "paired"), any(kinds.values())
+    form = f"{'unpaired' if unpaired else 'paired'} {'messages' if any(kinds.values()) else 'text'}"
+    reference = " and with reference log-probs" if REFERENCE[0] in row else ""
+    return f"{form} {'with' if 'prompt' in row else 'without'} a prompt{reference}"
 
 
 def read_preferences(source: str, *, split: str = "train", name: str | None = None) -> Any:
@@ -205,16 +201,15 @@ def read_preferences(source: str, *, split: str = "train", name: str | None = No
     from datasets import Dataset
 
     rows: list[dict[str, Any]] = []
-    first: tuple[str, bool] | None = None
-    start = ""
+    start = first = ""
     for where, row in _rows(source, split, name):
-        kind = _check_row(where, row)
-        if first is None:
-            first, start = kind, where
-        if rows and _described(kind, row) != _described(first, rows[0]):
+        form = _check_row(where, row)
+        if not rows:
+            start, first = where, form
+        if form != first:
             reject(
                 f"{where}: all rows must have one format",
-                f"{_described(kind, row)}, while {start} is {_described(first, rows[0])}",
+                f"{form}, while {start} is {first}",
                 "Split the file, or convert the rows.",
             )
         rows.append({key: row[key] for key in row if key in _KNOWN})
@@ -224,12 +219,6 @@ def read_preferences(source: str, *, split: str = "train", name: str | None = No
     absent: dict[str, Any] = {"chat_template_kwargs": {}}
     names = dict.fromkeys(key for row in rows for key in row)
     return Dataset.from_dict({k: [row.get(k, absent.get(k)) for row in rows] for k in names})
-
-
-def _described(kind: tuple[str, bool], row: dict[str, Any]) -> str:
-    form = "messages" if kind[1] else "text"
-    reference = " and with reference log-probs" if REFERENCE[0] in row else ""
-    return f"{kind[0]} {form} {'with' if 'prompt' in row else 'without'} a prompt{reference}"
 
 
 def check_completions(dataset: Any, name: str) -> tuple[int, int]:

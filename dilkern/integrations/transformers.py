@@ -35,7 +35,7 @@ IGNORE_INDEX = -100
 class DILOutput(ModelOutput):  # type: ignore[misc]
     """What `model(..., labels=labels, dil_head=True)` returns."""
 
-    token_logps: Tensor | None = None  # (S, L), entry t belongs to label t
+    token_logps: Tensor = None  # type: ignore[assignment]  # (S, L), entry t belongs to label t
     aux_loss: Tensor | None = None  # 0-d, load-balancing loss of MoE models
 
 

@@ -440,12 +440,12 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             return score_packed(model, inputs, labels, pairs=not self._unpaired, **extra)
         output: DILOutput = model(**model_inputs(inputs), labels=labels, dil_head=True, **extra)
         # Prompt tuning puts virtual tokens in front.
-        assert output.token_logps is not None
         output.token_logps = output.token_logps[:, -labels.shape[1] :]
         return output
 
-    def _ref_token_logps(self, model: Any, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+    def _ref_token_logps(self, inputs: dict[str, Any], labels: Tensor, model: Any = None) -> Tensor:
         """Score a batch under the reference: a second model, the "ref" adapter, or no adapter."""
+        model = model or self.ref_model or self.model
         adapter: Any = contextlib.nullcontext()
         if self.ref_model is None and is_peft_model(self.accelerator.unwrap_model(self.model)):
             policy = self.accelerator.unwrap_model(self.model)
@@ -457,14 +457,11 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             adapter,
             self.accelerator.autocast(),
         ):
-            token_logps = self._score(model, inputs, labels).token_logps
-        assert token_logps is not None
-        return token_logps
+            return self._score(model, inputs, labels).token_logps
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         """Return the reference's summed log-probs (P,) of chosen and of rejected completions."""
-        token_logps = self._ref_token_logps(model, inputs, labels_of(inputs))
-        return token_logps.sum(1).chunk(2)
+        return self._ref_token_logps(inputs, labels_of(inputs), model).sum(1).chunk(2)
 
     def _kl_log_ratios(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Score mismatched pairs under policy and reference, for KTO's baseline; all ranks' values."""
@@ -474,10 +471,8 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         labels = labels_of(rotated)
         with torch.no_grad():
             logps = self._score(model, rotated, labels).token_logps
-            assert logps is not None
             if not self.args.reference_free:
-                scorer = self.ref_model if self.ref_model is not None else self.model
-                logps = logps - self._ref_token_logps(scorer, rotated, labels)
+                logps = logps - self._ref_token_logps(rotated, labels)
             mean = logps.sum(1).mean()
             if len(labels) == (1 if self._unpaired else 2):
                 # What is left of an epoch: one example has nothing to be mismatched with.
@@ -491,8 +486,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         ref_logps = None
         if self._needs_reference and "ref_chosen_logps" not in inputs:
             # Before the policy, whose activations then do not lie beside it.
-            scorer = self.ref_model if self.ref_model is not None else self.model
-            ref_logps = self._ref_token_logps(scorer, inputs, labels)
+            ref_logps = self._ref_token_logps(inputs, labels)
         elif self._objective.loss.reference and not self.args.reference_free:
             ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         kl_log_ratios = None
@@ -502,7 +496,6 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         outputs = self._score(
             model, inputs, labels, **({"output_router_logits": True} if aux else {})
         )
-        assert outputs.token_logps is not None
         scored, is_chosen = labels != IGNORE_INDEX, inputs.get("is_chosen")
         output = loss_from_token_logps(
             self._objective,
@@ -542,27 +535,21 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _gathered_metrics(self, output: PreferenceLossOutput) -> dict[str, float]:
         """Metrics over the sequences of all ranks, one sync; what has no sequence is left out."""
-        o = output._asdict()
+        o, left_out = output._asdict(), ["accuracies"] if self._unpaired else []
         for side in ("chosen", "rejected"):
             names = [name for name in o if name.startswith(f"{side}_")]
-            table = torch.stack(
-                [o[name].float() for name in names] + [torch.ones_like(o[names[0]])], 1
-            )
-            if self.accelerator.num_processes > 1:
-                table = self.accelerator.pad_across_processes(table)
-                table = self.accelerator.gather(table)
-            table = table[table[:, -1] > 0]
-            if self._unpaired:
-                table = table[table[:, names.index(f"{side}_lengths")] > 0]
-            o.update(zip(names, table[:, :-1].unbind(1)))
+            columns = [o[name].float() for name in names]
+            table = torch.stack([*columns, torch.ones_like(columns[0])], 1)
+            table = self.accelerator.gather(self.accelerator.pad_across_processes(table))
+            real = table[:, names.index(f"{side}_lengths") if self._unpaired else -1] > 0
+            o.update(zip(names, table[real, :-1].unbind(1)))
+            if not real.any():
+                left_out += [side, "margins"]
         o["clip_fraction"] = self.accelerator.gather(o["clip_fraction"]).mean()
         metrics = preference_metrics(PreferenceLossOutput(**o))
-        if self._unpaired:
-            metrics.pop("rewards/accuracies", None)
         values = torch.stack([value.float() for value in metrics.values()]).tolist()
-        empty = {s for s in ("chosen", "rejected") if o[f"{s}_logps"].numel() == 0}
         return {
             name: value
             for name, value in zip(metrics, values)
-            if not any(kind in name for kind in empty) and not (empty and "margins" in name)
+            if not any(word in name for word in left_out)
         }
