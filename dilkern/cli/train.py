@@ -118,7 +118,6 @@ def _prepare(options: Options) -> dict[str, Any]:
         # Frozen weights need no more digits than the products that they enter; trained ones do.
         model.dtype = compute if model.use_peft else "float32"
     config.model_init_kwargs.setdefault("dtype", model.dtype)
-    quantization: Any = get_quantization_config(model)
     reference = None
     if script.ref_model is not None:
         init = {**config.model_init_kwargs, "dtype": getattr(torch, compute), "revision": "main"}
@@ -133,7 +132,7 @@ def _prepare(options: Options) -> dict[str, Any]:
         "eval_dataset": eval_data,
         "processing_class": tokenizer,
         "peft_config": get_peft_config(model),
-        "quantization_config": quantization,
+        "quantization_config": get_quantization_config(model),
     }
 
 
@@ -182,8 +181,9 @@ def run(words: list[str]) -> None:
     metrics = report.MetricsFile(output_dir / "metrics.jsonl")
     with library_checks():
         trainer = DILTrainer(**keywords, callbacks=[metrics])
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback if bars else PrinterCallback)
+    if bars:
+        trainer.add_callback(report.Bar)
     trainer.add_callback(report.ProgressTable("logging_steps" not in options.given))
     if trainer.is_world_process_zero():
         _announce(options, trainer)
