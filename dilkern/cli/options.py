@@ -150,18 +150,15 @@ class Parser(TrlParser):  # type: ignore[misc]
 
     def parse(self, words: list[str]) -> dict[str, Any]:
         """Return what words in argparse's form say."""
-        defaults = {action: action.default for action in self._actions}
-        for action in self._actions:
-            action.default = argparse.SUPPRESS
-        found, rest = self.parse_known_args(words)
-        for action, default in defaults.items():
-            action.default = default
+        unset: list[str] = []  # a list, from which options of several values start
+        blank = argparse.Namespace(**dict.fromkeys(self.options, unset))
+        found, rest = self.parse_known_args(words, blank)
         if rest:
             reject(
                 "every value must follow an option that takes it", " ".join(rest),
                 "Most options take one value; quote what has spaces.",
             )  # fmt: skip
-        return dict(vars(found))
+        return {name: value for name, value in vars(found).items() if value is not unset}
 
     def flags(self, words: list[str]) -> dict[str, Any]:
         """Read the words of a command line."""
@@ -247,22 +244,18 @@ def _settle_adapter(given: dict[str, Any]) -> None:
     """Decide whether an adapter is trained: where --use-peft or anything of one is asked for."""
     check_adapter_options(given)
     rank = given.get("lora_r")
-    asked = {
-        name: value
+    asked = [
+        name
         for name, value in given.items()
-        if name != "lora_r"
-        and value not in (False, None)
-        and (name.startswith("lora_") or name in ("use_peft", "use_dora", "use_rslora"))
-    }
+        if name.startswith("lora_") or name in ("use_peft", "use_dora", "use_rslora")
+        if value not in (None, False, 0)
+    ]
     bits = [name for name in ("load_in_4bit", "load_in_8bit") if given.get(name)]
-    if rank == 0 or given.get("use_peft") is False:
-        if asked or rank:
-            why = "--lora-r 0" if rank == 0 else "--use-peft false"
-            names = ", ".join(map(flag, asked or ["lora_r"]))
-            reject(f"{names} need an adapter", why, "Give a rank, e.g. --lora-r 16, or drop them.")
-        given.update(use_peft=False)
-        return
-    given["use_peft"] = bool(asked or bits or rank)
+    if asked and (rank == 0 or given.get("use_peft") is False):
+        why = "--lora-r 0" if rank == 0 else "--use-peft false"
+        names = ", ".join(map(flag, asked))
+        reject(f"{names} need an adapter", why, "Give a rank, e.g. --lora-r 16, or drop them.")
+    given["use_peft"] = bool(asked or bits)
     if not given["use_peft"]:
         return
     for name, value in {**_ADAPTER_DEFAULTS, "lora_alpha": 2 * (rank or 16)}.items():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dilkern.integrations.data import check_eos
 from dilkern.integrations.transformers import IGNORE_INDEX
 from dilkern.validation import reject
 
@@ -51,12 +52,7 @@ class PreferenceCollator:
     max_length: int | None = 1024
 
     def __post_init__(self) -> None:
-        if self.tokenizer.eos_token is None:
-            reject(
-                "the tokenizer must have an end-of-sequence token",
-                "none",
-                "Set tokenizer.eos_token.",
-            )
+        check_eos(self.tokenizer)
 
     def _ids(self, value: Any, **options: Any) -> list[int]:
         if not isinstance(value, str):
@@ -68,10 +64,8 @@ class PreferenceCollator:
     def encode(self, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
         """Return input_ids and labels of one completion."""
         if isinstance(prompt, str):
-            start, full = (
-                self._ids(prompt),
-                self._ids(prompt + completion + self.tokenizer.eos_token),
-            )
+            start = self._ids(prompt)
+            full = self._ids(prompt + completion + self.tokenizer.eos_token)
         else:
             start = self._ids(prompt, add_generation_prompt=True)
             full = self._ids(list(prompt) + list(completion))

@@ -265,6 +265,13 @@ def check_differences(equal: int, rows: int, name: str) -> str | None:
     return f"{name}: in {equal} of {rows} rows {what}" if equal else None
 
 
+def check_eos(tokenizer: Any) -> None:
+    """Refuse a tokenizer without the token that ends a completion."""
+    if tokenizer.eos_token is None:
+        rule = "the tokenizer must have an end-of-sequence token"
+        reject(rule, "none", "Set tokenizer.eos_token and save it.")
+
+
 def check_against_tokenizer(dataset: Any, tokenizer: Any, source: str) -> None:
     """Refuse conversational data where the tokenizer cannot render it.
 
@@ -280,9 +287,4 @@ def check_against_tokenizer(dataset: Any, tokenizer: Any, source: str) -> None:
             "Use an instruction-tuned model, set tokenizer.chat_template and save it, or write "
             "prompt, chosen and rejected as text.",
         )
-    if tokenizer.eos_token is None:
-        reject(
-            "the tokenizer must have an end-of-sequence token",
-            "none",
-            "Set tokenizer.eos_token and save it.",
-        )
+    check_eos(tokenizer)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
+from dilkern.integrations.data import REFERENCE
 from dilkern.lm_head import LMHead
 from dilkern.lm_head.modules import unwrap
 from dilkern.logps import linear_logps, mask_first_labels
@@ -179,13 +180,9 @@ def labels_of(inputs: Mapping[str, Tensor]) -> Tensor:
     return labels
 
 
-# Reference log-probs as a dataset of `DILTrainer` holds them.
-_BY_SIDE = ("ref_chosen_logps", "ref_rejected_logps")
-
-
 def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a batch the model's forward takes."""
-    ours = {"labels", "completion_mask", "is_chosen", "ref_logps", *_BY_SIDE}
+    ours = {"labels", "completion_mask", "is_chosen", "ref_logps", *REFERENCE}
     return {key: value for key, value in inputs.items() if key not in ours}
 
 
@@ -236,7 +233,7 @@ def compute_loss(
 
     objective = Objective.of(loss, params, options)
     entry, ref_logps = objective.loss, inputs.get("ref_logps")
-    unread = [name for name in _BY_SIDE if name in inputs]
+    unread = [name for name in REFERENCE if name in inputs]
     if ref_model is not None and (ref_logps is not None or not entry.reference):
         unread.append("ref_model")
     if unread:

@@ -169,9 +169,11 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         if not isinstance(args, DILConfig):
             reject("`args` must be a DILConfig", type(args).__name__, "Build a DILConfig.")
         args = copy.copy(args)  # the caller's may serve another run
+        named = isinstance(model, str)
+        adds_adapter = kwargs.get("peft_config") is not None
         if args.learning_rate is None:
-            adapted = not isinstance(model, str) and is_peft_model(model)
-            args.learning_rate = 1e-4 if adapted or kwargs.get("peft_config") else 1e-6
+            adapted = adds_adapter or (not named and is_peft_model(model))
+            args.learning_rate = 1e-4 if adapted else 1e-6
         dataset: Any = kwargs.get("train_dataset")
         for name, data in [
             ("train_dataset", dataset),
@@ -192,25 +194,20 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         self._check(entry, args, ref_model, given, kwargs)
         init: Any = args.model_init_kwargs
         self._packed = args.padding_free
-        config = (
-            AutoConfig.from_pretrained(model, **_source(args))
-            if isinstance(model, str)
-            else model.config
-        )
+        config = AutoConfig.from_pretrained(model, **_source(args)) if named else model.config
         self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        loads = isinstance(model, str) and (
-            kwargs.get("peft_config") is not None or args.quantize_lm_head
-        )
+        loads = named and (adds_adapter or args.quantize_lm_head)
         if loads:
             model = self._load(model, config, args, kwargs)
-        tied = not isinstance(model, str) and is_tied(model)
+        held = loads or not named  # else the parent loads it
+        tied = held and is_tied(model)
         if args.quantize_lm_head:
             _say(quantize_lm_head(model), args)
         if not self._needs_reference:
             ref_model = _NoReference()
         self._checked: set[int] = set()
         self._until_installed = contextlib.ExitStack()
-        if not isinstance(model, str):
+        if held:
             self._until_installed.enter_context(_head_without_adapter(model))
         args.padding_free = False  # the parent warns that it cannot; we can
         if loads:
@@ -282,21 +279,20 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 reject(
                     "reference log-probs come with text alone, for a reference of fixed pairs",
                     f"columns ref_chosen_logps, and {what}",
-                    "Remove these columns, or leave out what they clash with.",
+                    "Remove these columns, or leave out the other.",
                 )
-        for clash, what in (
-            (
-                (args.pairing or entry.pairing) == "pairwise",
-                f"loss {entry.name!r} with pairwise pairing",
-            ),
-            (args.precompute_ref_log_probs, "precompute_ref_log_probs=True"),
-        ):
-            if self._unpaired and clash:
-                reject(
-                    f"{what} needs pairs",
-                    "an unpaired dataset (prompt, completion, label)",
-                    "Use prompt, chosen and rejected, or leave it out: 'lsif' is a pointwise loss.",
-                )
+        if self._unpaired and (args.pairing or entry.pairing) == "pairwise":
+            reject(
+                f"loss {entry.name!r} with pairwise pairing needs pairs",
+                "an unpaired dataset (prompt, completion, label)",
+                "Use prompt, chosen and rejected, or a pointwise loss such as 'lsif'.",
+            )
+        if self._unpaired and args.precompute_ref_log_probs:
+            reject(
+                "precompute_ref_log_probs needs a paired dataset",
+                "an unpaired dataset (prompt, completion, label)",
+                "Set precompute_ref_log_probs=False.",
+            )
         whole = getattr(kwargs.get("peft_config"), "modules_to_save", None) or ()
         if args.quantize_lm_head and "lm_head" in whole:
             reject(
@@ -430,10 +426,9 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         names = (
-            {"completion", "label"} if self._is_vision_dataset else {"completion_ids", "is_chosen"}
+            ["completion", "label"] if self._is_vision_dataset else ["completion_ids", "is_chosen"]
         )
-        extra = names - set(self._signature_columns)
-        self._signature_columns += sorted(extra)
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, *names])]
 
     def _score(self, model: Any, inputs: dict[str, Any], labels: Tensor, **extra: Any) -> DILOutput:
         if self._packed:

@@ -362,7 +362,7 @@ REFUSED = [
     ({"resume-from-checkpoint": "True"}, "a folder checkpoint-.*--resume"),
     ({"dataset": "missing.jsonl"}, "does not exist"),
     ({"backend": "cuda"}, "backend"),
-    ({"report-to": "nowhere"}, "report_to. must be none, all, or among .*'nowhere'"),
+    ({"report-to": "nowhere"}, "report_to. must be one of: all, .*wandb; received 'nowhere'"),
     ({"lora-target": ["all-linear", "lm_head"]}, "stands alone"),
     ({"model": "none"}, "config.json or a model id"),
     ({"ref-model": "none"}, "--ref-model must be a folder with a config.json"),
