@@ -247,8 +247,8 @@ def _settle_adapter(given: dict[str, Any]) -> None:
     asked = [
         name
         for name, value in given.items()
-        if name.startswith("lora_") or name in ("use_peft", "use_dora", "use_rslora")
         if value not in (None, False, 0)
+        and (name.startswith("lora_") or name in ("use_peft", "use_dora", "use_rslora"))
     ]
     bits = [name for name in ("load_in_4bit", "load_in_8bit") if given.get(name)]
     if asked and (rank == 0 or given.get("use_peft") is False):
