@@ -23,11 +23,11 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def described(cls: _Class) -> _Class:
-    """Give each field of a dataclass the text of its docstring as help text of a command line."""
+    """Give each field that a dataclass itself has the text of its docstring as help text."""
     args = cleandoc(cls.__doc__ or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
     texts = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", args, re.M))
     for field in fields(cls):
-        if field.name in texts:
+        if field.name in texts and field.name in cls.__annotations__:
             text = " ".join(texts[field.name].split())
             field.metadata = MappingProxyType({**field.metadata, "help": text})
     return cls

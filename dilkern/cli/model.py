@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +56,38 @@ def model_config(
         )
 
 
-def sequence_limit(config: Any, max_length: int | None) -> int | None:
-    """Return the tokens to train with: at most what the model has positions for.
+def positions_of(config: Any) -> int | None:
+    """Return the tokens that the model has positions for; None where it names no end."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
-    Args:
-        config: of the model.
-        max_length: None for the default, 1024 or the model's.
+
+def sequence_limit(positions: int | None, asked: int | None, option: str = "--max-length") -> int:
+    """Return the tokens of a sequence: what is asked for, or 1024 if the model has so many.
+
+    Raises:
+        ValueError: more are asked for than the model has positions.
     """
-    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if max_length is None:
-        return min(1024, positions or 1024)
-    if positions is not None and max_length > positions:
+    if asked is not None and positions is not None and asked > positions:
         reject(
-            f"--max-length must be at most the {positions} positions of the model",
-            str(max_length),
+            f"{option} must be at most the {positions} positions of the model",
+            str(asked),
             "Lower it, or take a model with a longer context.",
         )
-    return max_length
+    return asked or min(1024, positions or 1024)
+
+
+def check_adapter_options(given: Mapping[str, Any]) -> None:
+    """Refuse what rank and loading in few bits cannot mean together, as both commands have them."""
+    rank = given.get("lora_r")
+    if rank is not None and rank < 0:
+        reject("--lora-r must be >= 0", str(rank), "0 trains all weights.")
+    if rank == 0 or given.get("use_peft") is False:
+        why = "--lora-r 0" if rank == 0 else "--use-peft false"
+        for bits in ("4bit", "8bit"):
+            if given.get(f"load_in_{bits}"):
+                reject(f"--load-in-{bits} trains an adapter", why, "Give a rank, e.g. --lora-r 16.")
+    if given.get("quantize_lm_head") and not given.get("load_in_4bit"):
+        reject("--quantize-lm-head goes with --load-in-4bit", "it alone", "Add --load-in-4bit.")
 
 
 def on_meta_device(config: Any, model: str, trust_remote_code: bool = False) -> Any:

@@ -21,7 +21,7 @@ import torch
 from trl.scripts.utils import ScriptArguments, TrlParser
 from trl.trainer.model_config import ModelConfig
 
-from dilkern.integrations.packing import check_attention
+from dilkern.cli.model import check_adapter_options
 from dilkern.integrations.trl_config import DILConfig
 from dilkern.validation import check_choice, check_positive, nearest, raised_by_check, reject
 
@@ -51,6 +51,13 @@ _ELSEWHERE = {
     "test_split_size": "Use --eval-split.",
     "ignore_bias_buffers": "Leave it out.",
 }
+# What is said once: the rule and the options of which one may be there.
+_ONCE = (
+    ("held-out pairs come from one place", "eval_dataset", "eval_split"),
+    ("the parameters of the loss are named once", "loss_param", "loss_params"),
+    ("the reference is a second model, or where training starts",
+     "ref_model", "precompute_ref_log_probs"),
+)  # fmt: skip
 # Where an adapter is asked for, in place of TRL's: every linear layer, and the dropout that is left
 # after TRL's `disable_dropout`. DILConfig has the other defaults.
 _ADAPTER_DEFAULTS = {
@@ -143,18 +150,15 @@ class Parser(TrlParser):  # type: ignore[misc]
 
     def parse(self, words: list[str]) -> dict[str, Any]:
         """Return what words in argparse's form say."""
-        defaults = {action: action.default for action in self._actions}
-        for action in self._actions:
-            action.default = argparse.SUPPRESS
-        found, rest = self.parse_known_args(words)
-        for action, default in defaults.items():
-            action.default = default
+        unset: list[str] = []  # a list, from which options of several values start
+        blank = argparse.Namespace(**dict.fromkeys(self.options, unset))
+        found, rest = self.parse_known_args(words, blank)
         if rest:
             reject(
                 "every value must follow an option that takes it", " ".join(rest),
                 "Most options take one value; quote what has spaces.",
             )  # fmt: skip
-        return dict(vars(found))
+        return {name: value for name, value in vars(found).items() if value is not unset}
 
     def flags(self, words: list[str]) -> dict[str, Any]:
         """Read the words of a command line."""
@@ -238,27 +242,20 @@ def _settle_precision(given: dict[str, Any]) -> None:
 
 def _settle_adapter(given: dict[str, Any]) -> None:
     """Decide whether an adapter is trained: where --use-peft or anything of one is asked for."""
+    check_adapter_options(given)
     rank = given.get("lora_r")
-    if rank is not None and rank < 0:
-        reject("--lora-r must be >= 0", str(rank), "0 trains all weights.")
-    asked = {
-        name: value
+    asked = [
+        name
         for name, value in given.items()
-        if name != "lora_r"
-        and value not in (False, None)
+        if value not in (None, False, 0)
         and (name.startswith("lora_") or name in ("use_peft", "use_dora", "use_rslora"))
-    }
+    ]
     bits = [name for name in ("load_in_4bit", "load_in_8bit") if given.get(name)]
-    if rank == 0 or given.get("use_peft") is False:
+    if asked and (rank == 0 or given.get("use_peft") is False):
         why = "--lora-r 0" if rank == 0 else "--use-peft false"
-        if bits:
-            reject(f"{flag(bits[0])} trains an adapter", why, "Give a rank, e.g. --lora-r 16.")
-        if asked or rank:
-            names = ", ".join(map(flag, asked or ["lora_r"]))
-            reject(f"{names} need an adapter", why, "Give a rank, e.g. --lora-r 16, or drop them.")
-        given.update(use_peft=False)
-        return
-    given["use_peft"] = bool(asked or bits or rank)
+        names = ", ".join(map(flag, asked))
+        reject(f"{names} need an adapter", why, "Give a rank, e.g. --lora-r 16, or drop them.")
+    given["use_peft"] = bool(asked or bits)
     if not given["use_peft"]:
         return
     for name, value in {**_ADAPTER_DEFAULTS, "lora_alpha": 2 * (rank or 16)}.items():
@@ -281,17 +278,11 @@ def _settle_adapter(given: dict[str, Any]) -> None:
 
 
 def _settle_evaluation(given: dict[str, Any]) -> None:
-    named = [name for name in ("eval_dataset", "eval_split") if given.get(name)]
-    if len(named) == 2:
-        reject("held-out pairs come from one place", "--eval-dataset and --eval-split", "Drop one.")
-    if "eval_split" in given and not 0 <= given["eval_split"] < 1:
-        reject(
-            "--eval-split must be a fraction between 0 and 1",
-            str(given["eval_split"]),
-            "Use e.g. 0.1.",
-        )
+    share = given.get("eval_split", 0.0)
+    if not 0 <= share < 1:
+        reject("--eval-split must be a fraction between 0 and 1", str(share), "Use e.g. 0.1.")
     asked = [n for n in ("eval_steps", "eval_strategy") if given.get(n) not in (None, "no")]
-    if named:
+    if share or given.get("eval_dataset"):
         given.setdefault("eval_strategy", "steps" if "eval_steps" in asked else "epoch")
     elif asked and ("eval_strategy" not in asked or Path(given["dataset_name"]).is_file()):
         # Of other datasets there is --dataset-test-split, as in TRL.
@@ -347,28 +338,22 @@ def read(words: list[str]) -> Options:
     ):  # fmt: skip
         if given.get(name) is not None:
             check_positive(flag(name), given[name], example)
+    for rule, *names in _ONCE:
+        both = [flag(name) for name in names if given.get(name)]
+        if len(both) > 1:
+            reject(rule, " and ".join(both), "Drop one of them.")
     if params := _loss_params(given.pop("loss_param", [])):
-        if "loss_params" in given:
-            reject("parameters are named once", "--loss-param and --loss-params", "Drop one.")
         given["loss_params"] = params
     _settle_precision(given)
     _settle_adapter(given)
     _settle_evaluation(given)
-    if given.get("quantize_lm_head") and not given.get("load_in_4bit"):
-        reject("--quantize-lm-head goes with --load-in-4bit", "it alone", "Add --load-in-4bit.")
-    if given.get("ref_model") and given.get("precompute_ref_log_probs"):
-        reject(
-            "the reference is either a second model or precomputed from the start of training",
-            "--ref-model and --precompute-ref-log-probs",
-            "Drop one of them.",
-        )
     given.setdefault("output_dir", "out")
-    init = given.get("model_init_kwargs") or "{}"
-    if not init.startswith("{"):
-        reject("--model-init-kwargs must be a JSON object", repr(init), "Write '{\"a\": 1}'.")
-    config, model = _build(DILConfig, given), _build(ModelConfig, given)
-    init = config.model_init_kwargs or {}
-    attention = {"attn_implementation": model.attn_implementation}
-    config.model_init_kwargs = {"revision": model.model_revision, **attention, **init}
-    check_attention(config.model_init_kwargs["attn_implementation"], config.device)
+    model = _build(ModelConfig, given)
+    init = {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
+    text = given.get("model_init_kwargs") or "{}"
+    try:
+        init.update(json.loads(text))
+    except (ValueError, TypeError):
+        reject("--model-init-kwargs must be a JSON object", repr(text), "Write '{\"a\": 1}'.")
+    config = _build(DILConfig, {**given, "model_init_kwargs": init})
     return Options(_build(TrainArguments, given), config, model, written)

@@ -6,10 +6,20 @@ exactly, activations by the size of what the layers keep, loss heads by their la
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
 
-from dilkern.cli.model import model_config, on_meta_device
+from torch import nn
+from transformers import HfArgumentParser
+from transformers.pytorch_utils import Conv1D
+
+from dilkern.cli.model import (
+    check_adapter_options,
+    model_config,
+    on_meta_device,
+    positions_of,
+    sequence_limit,
+)
 from dilkern.validation import check_positive, reject
 
 HEADS = ("naive", "trl", "dilkern")
@@ -32,15 +42,24 @@ class Shape(NamedTuple):
     positions: int | None  # longest sequence of the model
 
 
-class Setting(NamedTuple):
-    """What the user chooses."""
+@dataclass
+class Setting:
+    """What the user chooses: the options of the command."""
 
-    seq_len: int
-    batch_size: int  # pairs: twice as many sequences
-    lora_r: int
-    load_in_4bit: bool
-    workspace_mib: float
+    model: str | None = None
+    seq_len: int = 2048
+    batch_size: int = 1  # pairs: twice as many sequences
+    vram: float = 24.0
+    reserve: float = 1.0
+    lora_r: int | None = None
+    load_in_4bit: bool = False
     quantize_lm_head: bool = False
+    workspace_mib: float = 256.0
+    trust_remote_code: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return 2 * self.batch_size * self.seq_len
 
 
 def read_shape(model: str, *, trust_remote_code: bool = False) -> Shape:
@@ -52,9 +71,6 @@ def read_shape(model: str, *, trust_remote_code: bool = False) -> Shape:
     Raises:
         ValueError: no such model, or not a causal LM.
     """
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
     config = model_config(model, trust_remote_code)
     built = on_meta_device(config, model, trust_remote_code)
     text = config.get_text_config()
@@ -73,7 +89,7 @@ def read_shape(model: str, *, trust_remote_code: bool = False) -> Shape:
         layers=text.num_hidden_layers,
         widest=sum(out for out, _ in inner) // text.num_hidden_layers,
         tied=built.get_output_embeddings().weight is built.get_input_embeddings().weight,
-        positions=getattr(text, "max_position_embeddings", None),
+        positions=positions_of(config),
     )
 
 
@@ -84,128 +100,80 @@ def head_bytes(kind: str, shape: Shape, setting: Setting) -> float:
     on CPU, T=1024, V=128256). trl: a tile of logits and one of its gradient, fp32. dilkern: its
     workspace and u (T, D) in 16 bits.
     """
-    tokens = 2 * setting.batch_size * setting.seq_len
     if kind == "naive":
-        return 16.0 * tokens * shape.vocab_size
+        return 16.0 * setting.tokens * shape.vocab_size
     if kind == "trl":
-        return 8.0 * min(tokens, _TRL_TILE[0]) * min(shape.vocab_size, _TRL_TILE[1])
-    if kind == "dilkern":
-        return setting.workspace_mib * 2**20 + 2.0 * tokens * shape.hidden_size
-    reject(f"`kind` must be one of: {', '.join(HEADS)}", repr(kind), "Choose one of these.")
+        return 8.0 * min(setting.tokens, _TRL_TILE[0]) * min(shape.vocab_size, _TRL_TILE[1])
+    return setting.workspace_mib * 2**20 + 2.0 * setting.tokens * shape.hidden_size
 
 
 def state_bytes(shape: Shape, setting: Setting) -> float:
     """Return weights, reference, gradients and Adam's two moments."""
-    if setting.lora_r:
-        frozen = 2.0 * shape.parameters
-        if setting.load_in_4bit:
-            frozen -= (2.0 - _NF4) * shape.linear
-        if setting.quantize_lm_head:  # of a tied head a copy: the embedding stays as it is
-            head = shape.vocab_size * shape.hidden_size
-            frozen += (_NF4 if shape.tied else _NF4 - 2.0) * head
-        return frozen + 16.0 * setting.lora_r * shape.lora_per_rank
-    return (16.0 + 2.0) * shape.parameters  # fp32 weights, gradients, moments; 16-bit reference
-
-
-def activation_bytes(shape: Shape, setting: Setting) -> float:
-    """Return what gradient checkpointing keeps: layer inputs, and one layer with its gradients."""
-    tokens = 2 * setting.batch_size * setting.seq_len
-    kept = 2.0 * tokens * shape.hidden_size * (shape.layers + 1)
-    one_layer = 2 * 2.0 * tokens * (shape.widest + 4 * shape.hidden_size)
-    return kept + one_layer
+    if not setting.lora_r:
+        return (16.0 + 2.0) * shape.parameters  # fp32 weights, gradients, moments; 16-bit reference
+    frozen = 2.0 * shape.parameters
+    if setting.load_in_4bit:
+        frozen -= (2.0 - _NF4) * shape.linear
+    if setting.quantize_lm_head:  # of a tied head a copy: the embedding stays as it is
+        head = shape.vocab_size * shape.hidden_size
+        frozen += (_NF4 if shape.tied else _NF4 - 2.0) * head
+    return frozen + 16.0 * setting.lora_r * shape.lora_per_rank
 
 
 def total_bytes(kind: str, shape: Shape, setting: Setting) -> float:
-    """Return the predicted peak: the head and one layer's recomputation do not coincide."""
-    tokens = 2 * setting.batch_size * setting.seq_len
-    kept = 2.0 * tokens * shape.hidden_size * (shape.layers + 1)
-    peak = max(activation_bytes(shape, setting), kept + head_bytes(kind, shape, setting))
-    return state_bytes(shape, setting) + peak
+    """Return the predicted peak under gradient checkpointing.
+
+    It keeps the layers' inputs; one layer's recomputation and the head do not coincide.
+    """
+    kept = 2.0 * setting.tokens * shape.hidden_size * (shape.layers + 1)
+    one_layer = 2 * 2.0 * setting.tokens * (shape.widest + 4 * shape.hidden_size)
+    return state_bytes(shape, setting) + kept + max(one_layer, head_bytes(kind, shape, setting))
 
 
 def longest(kind: str, shape: Shape, setting: Setting, available: float) -> int:
     """Return the largest seq_len whose prediction is within `available` bytes, 0 if none is.
 
     Never more than the positions of the model; 2^20 where it names none.
-
-    Args:
-        available: bytes.
     """
-    check_positive("available", float(available))
     low, high = 0, shape.positions or 2**20
     while low < high:
         middle = (low + high + 1) // 2
-        fits = total_bytes(kind, shape, setting._replace(seq_len=middle)) <= available
+        fits = total_bytes(kind, shape, replace(setting, seq_len=middle)) <= available
         low, high = (middle, high) if fits else (low, middle - 1)
     return low
 
 
-def table(shape: Shape, setting: Setting, vram_gib: float, reserve_gib: float) -> list[list[Any]]:
-    """Return one row per head: name, head MiB, total GiB, whether it fits, longest sequence."""
-    available = (vram_gib - reserve_gib) * 2**30
-    rows = []
-    for kind in HEADS:
-        total = total_bytes(kind, shape, setting)
-        rows.append(
-            [
-                kind,
-                head_bytes(kind, shape, setting) / 2**20,
-                total / 2**30,
-                "yes" if total <= available else "no",
-                longest(kind, shape, setting, available),
-            ]
-        )
-    return rows
-
-
-class _Parser(argparse.ArgumentParser):
+class _Parser(HfArgumentParser):  # type: ignore[misc]
     def error(self, message: str) -> NoReturn:
         reject("`dilkern plan` cannot read its options", message, "See dilkern plan --help.")
 
 
-def _setting(words: list[str]) -> argparse.Namespace:
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    for name, kind, default in (
-        ("model", str, None), ("seq_len", int, 2048), ("batch_size", int, 1), ("vram", float, 24.0),
-        ("reserve", float, 1.0), ("lora_r", int, None), ("workspace_mib", float, 256.0),
-    ):  # fmt: skip
-        names = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
-        parser.add_argument(*names, type=kind, default=default)
-    for name in ("load_in_4bit", "quantize_lm_head", "trust_remote_code"):
-        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", action="store_true")
-    asked = parser.parse_args(words)
+def _setting(words: list[str]) -> Setting:
+    kind: Any = Setting
+    parser = _Parser(kind, add_help=False, allow_abbrev=False)
+    asked = Setting(**vars(parser.parse_args(words)))
     if asked.model is None:
         reject("`dilkern plan` needs --model", "none", "See dilkern plan --help.")
-    for name, example in (("seq_len", 2048), ("batch_size", 1), ("workspace_mib", 256)):
-        check_positive(f"--{name.replace('_', '-')}", getattr(asked, name), example)
+    check_positive("--seq-len", asked.seq_len, 2048)
+    check_positive("--batch-size", asked.batch_size)
+    check_positive("--workspace-mib", asked.workspace_mib, 256)
     if not asked.vram > asked.reserve >= 0:
         reject(
             "--vram must be more than --reserve, and that not negative",
             f"{asked.vram} and {asked.reserve} GiB",
             "Correct one of them.",
         )
+    check_adapter_options(vars(asked))
     if asked.lora_r is None:
         asked.lora_r = 16 if asked.load_in_4bit else 0
-    if asked.lora_r < 0:
-        reject("--lora-r must be >= 0", str(asked.lora_r), "0 trains all weights.")
-    if asked.load_in_4bit and asked.lora_r == 0:
-        reject("--load-in-4bit trains an adapter", "--lora-r 0", "Give a rank, e.g. --lora-r 16.")
-    if asked.quantize_lm_head and not asked.load_in_4bit:
-        reject("--quantize-lm-head goes with --load-in-4bit", "it alone", "Add --load-in-4bit.")
     return asked
 
 
 def run(words: list[str]) -> None:
     """Print the prediction for three loss heads."""
     asked = _setting(words)
-    shape = read_shape(asked.model, trust_remote_code=asked.trust_remote_code)
-    setting = Setting(*(getattr(asked, name) for name in Setting._fields))
-    if shape.positions is not None and asked.seq_len > shape.positions:
-        reject(
-            f"--seq-len must be at most the {shape.positions} positions of the model",
-            str(asked.seq_len),
-            "Lower it, or take a model with a longer context.",
-        )
+    shape = read_shape(str(asked.model), trust_remote_code=asked.trust_remote_code)
+    sequence_limit(shape.positions, asked.seq_len, "--seq-len")
     tied = ", lm_head tied to the embedding" if shape.tied else ""
     positions = f", {shape.positions} positions" if shape.positions else ""
     trained = f"LoRA of rank {asked.lora_r}" if asked.lora_r else "all weights trained"
@@ -214,6 +182,11 @@ def run(words: list[str]) -> None:
         f"{2 * asked.batch_size} sequences of {asked.seq_len} tokens, {trained}, {asked.vram:g} GiB. "
         "Prediction, not measured:"
     )
+    available = (asked.vram - asked.reserve) * 2**30
     print(f"{'head':<9}{'head MiB':>10}{'total GiB':>11}{'fits':>6}{'longest sequence':>18}")
-    for name, head, total, fits, most in table(shape, setting, asked.vram, asked.reserve):
-        print(f"{name:<9}{head:>10.0f}{total:>11.2f}{fits:>6}{most:>18}")
+    for kind in HEADS:
+        head = head_bytes(kind, shape, asked) / 2**20
+        total = total_bytes(kind, shape, asked)
+        fits = "yes" if total <= available else "no"
+        most = longest(kind, shape, asked, available)
+        print(f"{kind:<9}{head:>10.0f}{total / 2**30:>11.2f}{fits:>6}{most:>18}")

@@ -74,15 +74,21 @@ _SHOWN = (
 )
 
 
-class ProgressTable(ProgressCallback):  # type: ignore[misc]
-    """A bar, and above it one row per log: what a person follows a run by.
+class Bar(ProgressCallback):  # type: ignore[misc]
+    """The trainer's bar, without the logs that it writes as dicts."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class ProgressTable(TrainerCallback):  # type: ignore[misc]
+    """One row per log: what a person follows a run by.
 
     Args:
         choose_steps: log about 20 times, but at least every 10 steps.
     """
 
     def __init__(self, choose_steps: bool = False) -> None:
-        super().__init__()
         self.choose_steps = choose_steps
         self.started = self.seconds = 0.0
         self.tokens = 0
@@ -94,23 +100,12 @@ class ProgressTable(ProgressCallback):  # type: ignore[misc]
             print("\nchosen, rejected: log-probs per token; margin: of beta x log-ratio")
             headings = "".join(f"{heading:>9}" for _, heading, _ in _SHOWN)
             print(f"{'step':>9}{headings}{'tokens/s':>9}{'MiB':>8}", flush=True)
-            self.training_bar = tqdm(
-                total=state.max_steps, disable=args.disable_tqdm, dynamic_ncols=True, leave=False
-            )
-        self.current_step = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds += time.perf_counter() - self.started
-        super().on_step_end(args, state, control, **kwargs)
-
-    def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
-    ) -> None:
-        if not args.disable_tqdm:
-            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         prefix = "eval_" if "eval_loss" in logs else ""
@@ -161,13 +156,12 @@ def plot_dynamics(
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)  # no display, and pyplot's global state is left alone
     panels = figure.subplots(1, 3)
-    series = (
+    for name, panel, label, colour in (
         ("rewards/chosen", 0, "chosen", "tab:blue"),
         ("rewards/rejected", 0, "rejected", "tab:red"),
         ("rewards/margins", 1, "margin", "tab:green"),
         ("loss", 2, "loss", "black"),
-    )
-    for name, panel, label, colour in series:
+    ):
         for prefix, style, where in (("", ".-", "train"), ("eval_", "o--", "held out")):
             points = [(e["step"], e[prefix + name]) for e in history if prefix + name in e]
             if points:
@@ -227,7 +221,6 @@ def peak_memory_mib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     import resource
-    import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

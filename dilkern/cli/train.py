@@ -16,7 +16,13 @@ from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from dilkern import __version__
 from dilkern.cli import report
-from dilkern.cli.model import lora_targets, model_config, on_meta_device, sequence_limit
+from dilkern.cli.model import (
+    lora_targets,
+    model_config,
+    on_meta_device,
+    positions_of,
+    sequence_limit,
+)
 from dilkern.cli.options import Options, Parser, library_checks, read
 from dilkern.integrations.data import check_against_tokenizer, read_preferences
 from dilkern.integrations.trl import DILTrainer
@@ -95,7 +101,7 @@ def _prepare(options: Options) -> dict[str, Any]:
     architecture = model_config(name, **source)
     if config.max_length is not None:
         asked = config.max_length if "max_length" in options.given else None
-        config.max_length = sequence_limit(architecture, asked)
+        config.max_length = sequence_limit(positions_of(architecture), asked)
     targets = model.lora_target_modules
     if model.use_peft and targets != "all-linear":
         model.lora_target_modules = lora_targets(
@@ -112,7 +118,6 @@ def _prepare(options: Options) -> dict[str, Any]:
         # Frozen weights need no more digits than the products that they enter; trained ones do.
         model.dtype = compute if model.use_peft else "float32"
     config.model_init_kwargs.setdefault("dtype", model.dtype)
-    quantization: Any = get_quantization_config(model)
     reference = None
     if script.ref_model is not None:
         init = {**config.model_init_kwargs, "dtype": getattr(torch, compute), "revision": "main"}
@@ -127,7 +132,7 @@ def _prepare(options: Options) -> dict[str, Any]:
         "eval_dataset": eval_data,
         "processing_class": tokenizer,
         "peft_config": get_peft_config(model),
-        "quantization_config": quantization,
+        "quantization_config": get_quantization_config(model),
     }
 
 
@@ -176,8 +181,9 @@ def run(words: list[str]) -> None:
     metrics = report.MetricsFile(output_dir / "metrics.jsonl")
     with library_checks():
         trainer = DILTrainer(**keywords, callbacks=[metrics])
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback if bars else PrinterCallback)
+    if bars:
+        trainer.add_callback(report.Bar)
     trainer.add_callback(report.ProgressTable("logging_steps" not in options.given))
     if trainer.is_world_process_zero():
         _announce(options, trainer)

@@ -10,26 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from dilkern.integrations.data import check_eos
 from dilkern.integrations.transformers import IGNORE_INDEX
 from dilkern.validation import reject
 
 
-def _padded(rows: list[Tensor], value: int, multiple: int | None = None) -> Tensor:
+def kept(max_length: int | None, truncation_mode: str) -> slice:
+    """Return what truncation leaves of a row: the first ("keep_start") or last ids."""
+    end = max_length is not None and truncation_mode == "keep_end"
+    return slice(-max_length, None) if end else slice(max_length)  # type: ignore[operator]
+
+
+def _padded(rows: list[Tensor], value: int) -> Tensor:
     """Stack rows (l,) of ids as (S, L), filled up on the right."""
-    size = max(len(row) for row in rows)
-    size = -(-size // (multiple or 1)) * (multiple or 1)
-    batch = rows[0].new_full((len(rows), size), value)
-    for line, row in zip(batch, rows):
-        line[: len(row)] = row
-    return batch
-
-
-def _cut(row: Tensor, max_length: int | None, truncation_mode: str) -> Tensor:
-    """Keep the first ("keep_start") or last ("keep_end") max_length ids of a row."""
-    if max_length is None or len(row) <= max_length:
-        return row
-    return row[:max_length] if truncation_mode == "keep_start" else row[-max_length:]
+    return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
 @dataclass
@@ -56,12 +52,7 @@ class PreferenceCollator:
     max_length: int | None = 1024
 
     def __post_init__(self) -> None:
-        if self.tokenizer.eos_token is None:
-            reject(
-                "the tokenizer must have an end-of-sequence token",
-                "none",
-                "Set tokenizer.eos_token.",
-            )
+        check_eos(self.tokenizer)
 
     def _ids(self, value: Any, **options: Any) -> list[int]:
         if not isinstance(value, str):
@@ -73,10 +64,8 @@ class PreferenceCollator:
     def encode(self, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
         """Return input_ids and labels of one completion."""
         if isinstance(prompt, str):
-            start, full = (
-                self._ids(prompt),
-                self._ids(prompt + completion + self.tokenizer.eos_token),
-            )
+            start = self._ids(prompt)
+            full = self._ids(prompt + completion + self.tokenizer.eos_token)
         else:
             start = self._ids(prompt, add_generation_prompt=True)
             full = self._ids(list(prompt) + list(completion))
@@ -112,38 +101,21 @@ class PreferenceCollator:
 
 @dataclass
 class UnpairedCollator:
-    """Pad examples with prompt_ids, completion_ids and is_chosen, chosen ones first.
+    """Batch examples with prompt_ids, completion_ids and is_chosen, chosen ones first.
 
     Args:
-        pad_token_id: id used for padding.
-        max_length: longer sequences are cut.
-        truncation_mode: keep_start or keep_end, which end of them stays.
-        pad_to_multiple_of: pad to a multiple of this.
+        inner: TRL's `DataCollatorForPreference`, which cuts and pads.
     """
 
-    pad_token_id: int
-    max_length: int | None = None
-    truncation_mode: str = "keep_start"
-    pad_to_multiple_of: int | None = None
+    inner: Any
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         examples = sorted(examples, key=lambda example: not example["is_chosen"])
-        rows = [torch.tensor(e["prompt_ids"] + e["completion_ids"]) for e in examples]
-        masks = [
-            torch.tensor([0] * len(e["prompt_ids"]) + [1] * len(e["completion_ids"]))
-            for e in examples
-        ]
-
-        def padded(tensors: list[Tensor], value: int) -> Tensor:
-            cut = [_cut(t, self.max_length, self.truncation_mode) for t in tensors]
-            return _padded(cut, value, self.pad_to_multiple_of)
-
-        return {
-            "input_ids": padded(rows, self.pad_token_id),
-            "attention_mask": padded([torch.ones_like(row) for row in rows], 0),
-            "completion_mask": padded(masks, 0),
-            "is_chosen": torch.tensor([bool(e["is_chosen"]) for e in examples]),
-        }
+        # Of pairs whose second half is the prompts alone.
+        pairs = [{**e, "chosen_ids": e["completion_ids"], "rejected_ids": []} for e in examples]
+        batch = {name: value[: len(examples)] for name, value in self.inner(pairs).items()}
+        batch["is_chosen"] = torch.tensor([bool(e["is_chosen"]) for e in examples])
+        return batch
 
 
 @dataclass
@@ -183,14 +155,12 @@ def mismatched(
         )
     completion = inputs["completion_mask"] == 1
     prompt = (inputs["attention_mask"] == 1) & ~completion
-    size = len(prompt)
+
+    cut = kept(max_length, truncation_mode)
 
     def joined(values: Tensor, fill: int) -> Tensor:
-        rows = [
-            torch.cat([values[i][prompt[i]], values[j][completion[j]]])
-            for i, j in ((i, (i + 1) % size) for i in range(size))
-        ]
-        return _padded([_cut(row, max_length, truncation_mode) for row in rows], fill)
+        halves = zip(values, prompt, values.roll(-1, 0), completion.roll(-1, 0))
+        return _padded([torch.cat([a[of_a], b[of_b]])[cut] for a, of_a, b, of_b in halves], fill)
 
     return {
         name: joined(value, pad_token_id if name == "input_ids" else 0)

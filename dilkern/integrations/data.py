@@ -105,19 +105,13 @@ def _check_text(where: str, key: str, value: Any) -> bool:
             'Write "..." or [{"role": "user", "content": "..."}].',
         )
     for i, message in enumerate(value):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            keys = sorted(message) if isinstance(message, dict) else type(message).__name__
-            reject(
-                f"{where}: message {i} of {key!r} must have the keys 'role' and 'content'",
-                f"{keys}",
-                'Write {"role": "user", "content": "..."}.',
-            )
         for part in ("role", "content"):
-            if not isinstance(message[part], str):
+            found = message.get(part) if isinstance(message, dict) else message
+            if not isinstance(message, dict) or not isinstance(found, str):
                 reject(
                     f"{where}: {part!r} of message {i} of {key!r} must be text",
-                    type(message[part]).__name__,
-                    "Only text models are supported.",
+                    f"{type(found).__name__} {found!r:.60}",
+                    'Write {"role": "user", "content": "..."}; models of text alone are trained.',
                 )
     if key != "prompt" and value[-1]["role"] != "assistant":
         reject(
@@ -159,8 +153,8 @@ def _check_keys(where: str, keys: set[str]) -> bool:
     return unpaired
 
 
-def _check_row(where: str, row: Any) -> tuple[str, bool]:
-    """Return ("paired" or "unpaired", whether conversational)."""
+def _check_row(where: str, row: Any) -> str:
+    """Check a row; return its format in words, the same ones for rows that go together."""
     if not isinstance(row, dict):
         reject(f"{where}: a row must be a JSON object", type(row).__name__, "See the formats.")
     unpaired = _check_keys(where, set(row))
@@ -185,7 +179,9 @@ def _check_row(where: str, row: Any) -> tuple[str, bool]:
             ", ".join(f"{k} is {'messages' if c else 'text'}" for k, c in kinds.items()),
             "Convert them to one form.",
         )
-    return ("unpaired" if unpaired else "paired"), any(kinds.values())
+    form = f"{'unpaired' if unpaired else 'paired'} {'messages' if any(kinds.values()) else 'text'}"
+    reference = " and with reference log-probs" if REFERENCE[0] in row else ""
+    return f"{form} {'with' if 'prompt' in row else 'without'} a prompt{reference}"
 
 
 def read_preferences(source: str, *, split: str = "train", name: str | None = None) -> Any:
@@ -205,16 +201,15 @@ def read_preferences(source: str, *, split: str = "train", name: str | None = No
     from datasets import Dataset
 
     rows: list[dict[str, Any]] = []
-    first: tuple[str, bool] | None = None
-    start = ""
+    start = first = ""
     for where, row in _rows(source, split, name):
-        kind = _check_row(where, row)
-        if first is None:
-            first, start = kind, where
-        if rows and _described(kind, row) != _described(first, rows[0]):
+        form = _check_row(where, row)
+        if not rows:
+            start, first = where, form
+        if form != first:
             reject(
                 f"{where}: all rows must have one format",
-                f"{_described(kind, row)}, while {start} is {_described(first, rows[0])}",
+                f"{form}, while {start} is {first}",
                 "Split the file, or convert the rows.",
             )
         rows.append({key: row[key] for key in row if key in _KNOWN})
@@ -226,18 +221,15 @@ def read_preferences(source: str, *, split: str = "train", name: str | None = No
     return Dataset.from_dict({k: [row.get(k, absent.get(k)) for row in rows] for k in names})
 
 
-def _described(kind: tuple[str, bool], row: dict[str, Any]) -> str:
-    form = "messages" if kind[1] else "text"
-    reference = " and with reference log-probs" if REFERENCE[0] in row else ""
-    return f"{kind[0]} {form} {'with' if 'prompt' in row else 'without'} a prompt{reference}"
-
-
-def check_completions(dataset: Any, name: str) -> None:
+def check_completions(dataset: Any, name: str) -> tuple[int, int]:
     """Check columns and completions of a dataset that somebody else has read.
 
     Args:
         dataset: rows of TRL's formats. Of one without a length only the first row is looked at.
         name: how messages call it.
+
+    Returns:
+        Pairs whose completions are equal, and all rows; for `check_differences`.
 
     Raises:
         ValueError: a column is missing, or a completion is empty; with row and remedy.
@@ -247,9 +239,12 @@ def check_completions(dataset: Any, name: str) -> None:
     completions = [key for key in ("chosen", "rejected", "completion") if key in row]
     whole = hasattr(dataset, "select_columns") and hasattr(dataset, "__len__")
     rows = dataset.select_columns(completions) if whole else [row]
+    equal = number = 0
     for number, row in enumerate(rows, 1):
         for key in completions:
             _check_filled(f"{name}, row {number}", key, row[key])
+        equal += whole and "chosen" in row and row["chosen"] == row["rejected"]
+    return equal, number
 
 
 def check_differences(equal: int, rows: int, name: str) -> str | None:
@@ -270,6 +265,13 @@ def check_differences(equal: int, rows: int, name: str) -> str | None:
     return f"{name}: in {equal} of {rows} rows {what}" if equal else None
 
 
+def check_eos(tokenizer: Any) -> None:
+    """Refuse a tokenizer without the token that ends a completion."""
+    if tokenizer.eos_token is None:
+        rule = "the tokenizer must have an end-of-sequence token"
+        reject(rule, "none", "Set tokenizer.eos_token and save it.")
+
+
 def check_against_tokenizer(dataset: Any, tokenizer: Any, source: str) -> None:
     """Refuse conversational data where the tokenizer cannot render it.
 
@@ -285,9 +287,4 @@ def check_against_tokenizer(dataset: Any, tokenizer: Any, source: str) -> None:
             "Use an instruction-tuned model, set tokenizer.chat_template and save it, or write "
             "prompt, chosen and rejected as text.",
         )
-    if tokenizer.eos_token is None:
-        reject(
-            "the tokenizer must have an end-of-sequence token",
-            "none",
-            "Set tokenizer.eos_token and save it.",
-        )
+    check_eos(tokenizer)

@@ -131,25 +131,13 @@ def adapter_alone(model: Any) -> Iterator[None]:
         del model.save_pretrained
 
 
-def check_quantization(config: Any, quantization: Any, quantize_lm_head: bool) -> None:
-    """Refuse before loading what loading could not make right.
+def check_quantization(config: Any, quantization: Any) -> None:
+    """Refuse before loading what loading could not make right: a 4-bit lm_head that is tied.
 
     Args:
         config: of the model.
         quantization: its BitsAndBytesConfig or None.
-        quantize_lm_head: whether `quantize_lm_head` is to follow.
-
-    Raises:
-        ValueError: a 4-bit lm_head without a 4-bit model, or one that its tie would overwrite.
     """
-    four_bit = getattr(quantization, "load_in_4bit", False)
-    if quantize_lm_head and not (four_bit or getattr(config, "quantization_config", None)):
-        reject(
-            "quantize_lm_head=True needs a model loaded in 4 bits",
-            "no quantization_config" if quantization is None else "one without load_in_4bit",
-            "Pass quantization_config=BitsAndBytesConfig(load_in_4bit=True, "
-            "bnb_4bit_quant_type='nf4'), or leave quantize_lm_head out.",
-        )
     skipped = getattr(quantization, "llm_int8_skip_modules", None)
     tied = getattr(config, "tie_word_embeddings", False)
     if tied and skipped is not None and "lm_head" not in {n.split(".")[-1] for n in skipped}:
@@ -199,24 +187,20 @@ def quantize_lm_head(model: Any) -> str | None:
     # Not the caller's own object, which may load further models.
     config = causal.config.quantization_config = copy.deepcopy(causal.config.quantization_config)
     size, weight = head.weight.nbytes, head.weight
+    kind: Any = {
+        "compress_statistics": config.bnb_4bit_use_double_quant,
+        "quant_type": config.bnb_4bit_quant_type,
+        "quant_storage": config.bnb_4bit_quant_storage,
+    }
     new: Any = Linear4bit(
         head.in_features,
         head.out_features,
         bias=False,
         compute_dtype=config.bnb_4bit_compute_dtype,
-        compress_statistics=config.bnb_4bit_use_double_quant,
-        quant_type=config.bnb_4bit_quant_type,
-        quant_storage=config.bnb_4bit_quant_storage,
         device="meta",
+        **kind,
     )
-    new.weight = Params4bit(
-        weight.detach(),
-        requires_grad=False,
-        compress_statistics=config.bnb_4bit_use_double_quant,
-        quant_type=config.bnb_4bit_quant_type,
-        quant_storage=config.bnb_4bit_quant_storage,
-        module=new,
-    )
+    new.weight = Params4bit(weight.detach(), requires_grad=False, module=new, **kind)
     new.bias = head.bias
     new.source_cls = nn.Linear  # as transformers marks the layers that it replaces
     new.to(weight.device).train(head.training)  # packs into new memory; `weight` is only read
@@ -229,7 +213,5 @@ def quantize_lm_head(model: Any) -> str | None:
     if hasattr(causal, "hf_quantizer"):
         causal.hf_quantizer.quantization_config = config
     before, after = f"{size / 2**20:.1f} MiB", f"{new.weight.nbytes / 2**20:.1f} MiB"
-    kind = f"lm_head in 4 bits ({config.bnb_4bit_quant_type})"
-    if tied:
-        return f"{kind}: a copy of {after} beside the embedding, which stays as it is ({before})"
-    return f"{kind}: {after}, was {before}"
+    done = f"a copy of {after} beside the embedding of" if tied else f"{after}, was"
+    return f"lm_head in 4 bits ({config.bnb_4bit_quant_type}): {done} {before}"

@@ -72,7 +72,6 @@ def score_packed(
         dil_head=True,
         **extra,
     )
-    assert output.token_logps is not None
     flat = output.token_logps[0]
     token_logps = flat.new_zeros(labels.shape).masked_scatter(real, flat)
     output.token_logps = token_logps[order.argsort()]
@@ -106,7 +105,8 @@ def check_packing(model: Any) -> None:
     Raises:
         ValueError: the model or its attention implementation ignores restarting positions.
     """
-    if any(getattr(c, "is_prompt_learning", False) for c in _adapter_configs(model)):
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(getattr(config, "is_prompt_learning", False) for config in adapters):
         reject(
             "padding_free needs a model without virtual tokens",
             "a prompt-learning adapter",
@@ -124,7 +124,6 @@ def check_packing(model: Any) -> None:
     finally:
         for module, training in modes:
             module.training = training
-    assert have is not None
     error, size = (have - want).abs().max().item(), want.abs().max().item()
     narrow = torch.is_autocast_enabled(device.type) or next(model.parameters()).itemsize < 4
     if not error <= (3e-2 if narrow else 1e-4) * size:
@@ -133,7 +132,3 @@ def check_packing(model: Any) -> None:
             f"{type(unwrap(model)).__name__}, log-probs off by {error:.3g} of {size:.3g}",
             "Set padding_free=False, or load it with attn_implementation='sdpa'.",
         )
-
-
-def _adapter_configs(model: Any) -> list[Any]:
-    return list(getattr(model, "peft_config", {}).values())

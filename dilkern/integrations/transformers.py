@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
+from dilkern.integrations.data import REFERENCE
 from dilkern.lm_head import LMHead
 from dilkern.lm_head.modules import unwrap
 from dilkern.logps import linear_logps, mask_first_labels
@@ -35,7 +36,7 @@ IGNORE_INDEX = -100
 class DILOutput(ModelOutput):  # type: ignore[misc]
     """What `model(..., labels=labels, dil_head=True)` returns."""
 
-    token_logps: Tensor | None = None  # (S, L), entry t belongs to label t
+    token_logps: Tensor = None  # type: ignore[assignment]  # (S, L), entry t belongs to label t
     aux_loss: Tensor | None = None  # 0-d, load-balancing loss of MoE models
 
 
@@ -179,13 +180,9 @@ def labels_of(inputs: Mapping[str, Tensor]) -> Tensor:
     return labels
 
 
-# Reference log-probs as a dataset of `DILTrainer` holds them.
-_BY_SIDE = ("ref_chosen_logps", "ref_rejected_logps")
-
-
 def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a batch the model's forward takes."""
-    ours = {"labels", "completion_mask", "is_chosen", "ref_logps", *_BY_SIDE}
+    ours = {"labels", "completion_mask", "is_chosen", "ref_logps", *REFERENCE}
     return {key: value for key, value in inputs.items() if key not in ours}
 
 
@@ -236,7 +233,7 @@ def compute_loss(
 
     objective = Objective.of(loss, params, options)
     entry, ref_logps = objective.loss, inputs.get("ref_logps")
-    unread = [name for name in _BY_SIDE if name in inputs]
+    unread = [name for name in REFERENCE if name in inputs]
     if ref_model is not None and (ref_logps is not None or not entry.reference):
         unread.append("ref_model")
     if unread:

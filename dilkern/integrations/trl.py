@@ -21,13 +21,18 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import DataCollatorForVisionUnpairedPreference
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
-from dilkern.integrations.collators import UnpairedCollator, UnpairedVisionCollator, mismatched
+from dilkern.integrations.collators import (
+    UnpairedCollator,
+    UnpairedVisionCollator,
+    kept,
+    mismatched,
+)
 from dilkern.integrations.data import check_completions, check_differences
 from dilkern.integrations.heads import (
     adapter_alone,
@@ -164,24 +169,21 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         if not isinstance(args, DILConfig):
             reject("`args` must be a DILConfig", type(args).__name__, "Build a DILConfig.")
         args = copy.copy(args)  # the caller's may serve another run
+        named = isinstance(model, str)
+        adds_adapter = kwargs.get("peft_config") is not None
         if args.learning_rate is None:
-            adapted = not isinstance(model, str) and is_peft_model(model)
-            args.learning_rate = 1e-4 if adapted or kwargs.get("peft_config") else 1e-6
-        dataset = kwargs.get("train_dataset")
-        if dataset is None:
-            reject("`train_dataset` is required", "none", "Pass a preference dataset.")
+            adapted = adds_adapter or (not named and is_peft_model(model))
+            args.learning_rate = 1e-4 if adapted else 1e-6
+        dataset: Any = kwargs.get("train_dataset")
         for name, data in [
             ("train_dataset", dataset),
             *(("eval_dataset", e) for e in _evals(kwargs)),
         ]:
-            if next(iter(data), None) is None:
-                reject(f"`{name}` must have at least one row", "none", "Pass another one.")
+            if data is None or next(iter(data), None) is None:
+                reject(f"`{name}` must have at least one row", "none", "Pass preference data.")
             if _has_images(data):  # which the parent hands to the collator without a look
-                check_completions(data, name)
-                if isinstance(data, Dataset) and "chosen" in data.column_names:
-                    pairs = data.select_columns(["chosen", "rejected"])
-                    equal = sum(row["chosen"] == row["rejected"] for row in pairs)
-                    _say(check_differences(equal, len(pairs), name), args)
+                equal, rows = check_completions(data, name)
+                _say(check_differences(equal, rows, name), args)
         # Before the parent's __init__, which may call `compute_ref_log_probs`.
         self._objective = args.objective()
         entry = self._objective.loss
@@ -192,27 +194,20 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         self._check(entry, args, ref_model, given, kwargs)
         init: Any = args.model_init_kwargs
         self._packed = args.padding_free
-        config = (
-            AutoConfig.from_pretrained(model, **_source(args))
-            if isinstance(model, str)
-            else model.config
-        )
+        config = AutoConfig.from_pretrained(model, **_source(args)) if named else model.config
         self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        loads = isinstance(model, str) and (
-            kwargs.get("peft_config") is not None or args.quantize_lm_head
-        )
+        loads = named and (adds_adapter or args.quantize_lm_head)
         if loads:
             model = self._load(model, config, args, kwargs)
-        tied = not isinstance(model, str) and is_tied(model)
+        held = loads or not named  # else the parent loads it
+        tied = held and is_tied(model)
         if args.quantize_lm_head:
             _say(quantize_lm_head(model), args)
-        if self._unpaired and kwargs.get("data_collator") is None:
-            kwargs["data_collator"] = self._unpaired_collator(model, args, kwargs)
         if not self._needs_reference:
             ref_model = _NoReference()
         self._checked: set[int] = set()
         self._until_installed = contextlib.ExitStack()
-        if not isinstance(model, str):
+        if held:
             self._until_installed.enter_context(_head_without_adapter(model))
         args.padding_free = False  # the parent warns that it cannot; we can
         if loads:
@@ -224,6 +219,17 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             self._until_installed.close()
         if not self._needs_reference:
             self.ref_model = None
+        if self._unpaired and kwargs.get("data_collator") is None:
+            self.data_collator = UnpairedCollator(self.data_collator)
+            if self._is_vision_dataset:
+                processor: Any = self.processing_class
+                of_kto = DataCollatorForVisionUnpairedPreference(
+                    processor,
+                    max_length=args.max_length,
+                    calculate_kl=False,  # see `mismatched`
+                    pad_to_multiple_of=args.pad_to_multiple_of,  # type: ignore[arg-type]
+                )
+                self.data_collator = UnpairedVisionCollator(of_kto)
         if tied:
             check_adapter(self.model)
         self._install(self.model)
@@ -248,7 +254,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                     "Drop one of them.",
                 )
             init["quantization_config"] = quantization
-        check_quantization(config, init.get("quantization_config"), args.quantize_lm_head)
+        check_quantization(config, init.get("quantization_config"))
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             init["device_map"] = None  # "auto" would spread each rank's model over all GPUs
         if kwargs.get("processing_class") is None:
@@ -263,18 +269,18 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 "the dataset brings ref_chosen_logps" if given else f"loss {entry.name!r} uses none"
             )
             reject("`ref_model` must be left out", f"a ref_model, but {why}", "Drop one of them.")
-        if given and args.precompute_ref_log_probs:
-            reject(
-                "reference log-probs are either in the dataset or precomputed",
-                "columns ref_chosen_logps and precompute_ref_log_probs=True",
-                "Remove the columns, or set precompute_ref_log_probs=False.",
-            )
-        if given and entry.baseline:
-            reject(
-                f"loss {entry.name!r} scores mismatched pairs, which change with every batch",
-                "a dataset with ref_chosen_logps",
-                "Remove these columns.",
-            )
+        images = _has_images(kwargs["train_dataset"])
+        for clash, what in (
+            (args.precompute_ref_log_probs, "precompute_ref_log_probs=True"),
+            (entry.baseline, f"loss {entry.name!r}, which scores pairs that change with the batch"),
+            (images, "images, whose collator drops them"),
+        ):
+            if given and clash:
+                reject(
+                    "reference log-probs come with text alone, for a reference of fixed pairs",
+                    f"columns ref_chosen_logps, and {what}",
+                    "Remove these columns, or leave out the other.",
+                )
         if self._unpaired and (args.pairing or entry.pairing) == "pairwise":
             reject(
                 f"loss {entry.name!r} with pairwise pairing needs pairs",
@@ -294,13 +300,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 "quantize_lm_head=True and modules_to_save=['lm_head']",
                 "Drop one of them; an untied lm_head may go into target_modules.",
             )
-        if given and _has_images(kwargs["train_dataset"]):
-            reject(
-                "reference log-probs come with text alone",
-                "ref_chosen_logps in a train_dataset with images, whose collator drops them",
-                "Remove these columns.",
-            )
-        if args.padding_free and _has_images(kwargs["train_dataset"]):
+        if args.padding_free and images:
             reject(
                 "padding_free takes text alone",
                 "a train_dataset with images",
@@ -327,34 +327,6 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                         f"{name}={getattr(args, name)}",
                         "Raise it; gradient_accumulation_steps may go down for it.",
                     )
-
-    def _unpaired_collator(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        processing_class = kwargs.get("processing_class")
-        if processing_class is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            processing_class = AutoProcessor.from_pretrained(name, **_source(args))
-            kwargs["processing_class"] = processing_class
-        processor = isinstance(processing_class, ProcessorMixin)
-        tokenizer: Any = processing_class.tokenizer if processor else processing_class
-        pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
-        if pad_token not in tokenizer.get_vocab():
-            reject("`pad_token` must be in the vocabulary", repr(pad_token), "Name another token.")
-        tokenizer.pad_token = pad_token
-        if processor and _has_images(kwargs["train_dataset"]):
-            return UnpairedVisionCollator(
-                DataCollatorForVisionUnpairedPreference(
-                    processing_class,
-                    max_length=args.max_length,
-                    calculate_kl=False,  # see `mismatched`
-                    pad_to_multiple_of=args.pad_to_multiple_of,
-                )
-            )
-        return UnpairedCollator(
-            tokenizer.pad_token_id,
-            args.max_length,
-            args.truncation_mode,
-            args.pad_to_multiple_of,
-        )
 
     @property
     def tokens_trained(self) -> int:
@@ -426,57 +398,49 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
     def _check_tokens(self, prepared: Dataset, args: Any, name: str) -> None:
         """Refuse sequences beyond the model's positions, nothing to score, and pairs of equals."""
         longest, positions = args.max_length, self._positions
-        end = args.truncation_mode == "keep_end"
+        cut = kept(longest, args.truncation_mode)
         known = ("chosen_ids", "rejected_ids", "completion_ids")
         columns = [column for column in known if column in prepared.column_names]
         equal = 0
         for number, row in enumerate(prepared.select_columns(["prompt_ids", *columns]), 1):
-            prompt, kept = len(row["prompt_ids"]), []
+            prompt, sides = row["prompt_ids"], []
             for column in columns:
-                completion = row[column]
-                size = prompt + len(completion)
-                if positions is not None and min(size, longest or size) > positions:
+                ids, mask = prompt + row[column], [0] * len(prompt) + [1] * len(row[column])
+                sides.append((ids[cut], mask[cut]))
+                if positions is not None and len(ids[cut]) > positions:
                     reject(
                         f"{name}, row {number} (tokenized): a sequence must fit into the "
                         f"{positions} positions of the model",
-                        f"{size} tokens",
+                        f"{len(ids)} tokens",
                         f"Set max_length={positions}, drop the row, or take a model with more.",
                     )
-                lost = max(size - longest, 0) if longest else 0
-                before = max(prompt - lost, 0) if end else prompt
-                if end:
-                    completion = completion[max(lost - prompt, 0) :]
-                else:
-                    completion = completion[: max(len(completion) - lost, 0)]
-                if len(completion) < (1 if before else 2):  # nothing predicts a first token
+                if not any(mask[cut][1:]):  # nothing predicts a first token
                     reject(
                         f"{name}, row {number} (tokenized): {column} must have a token to score",
-                        f"{len(row[column])} after a prompt of {prompt}, max_length={longest}",
+                        f"{len(row[column])} after a prompt of {len(prompt)}, max_length={longest}",
                         "Drop the row, or raise max_length.",
                     )
-                kept.append(completion)
-            equal += len(kept) == 2 and kept[0] == kept[1]
+            equal += len(sides) == 2 and sides[0] == sides[1]
         _say(check_differences(equal, len(prepared), name), args)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         names = (
-            {"completion", "label"} if self._is_vision_dataset else {"completion_ids", "is_chosen"}
+            ["completion", "label"] if self._is_vision_dataset else ["completion_ids", "is_chosen"]
         )
-        extra = names - set(self._signature_columns)
-        self._signature_columns += sorted(extra)
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, *names])]
 
     def _score(self, model: Any, inputs: dict[str, Any], labels: Tensor, **extra: Any) -> DILOutput:
         if self._packed:
             return score_packed(model, inputs, labels, pairs=not self._unpaired, **extra)
         output: DILOutput = model(**model_inputs(inputs), labels=labels, dil_head=True, **extra)
         # Prompt tuning puts virtual tokens in front.
-        assert output.token_logps is not None
         output.token_logps = output.token_logps[:, -labels.shape[1] :]
         return output
 
-    def _ref_token_logps(self, model: Any, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+    def _ref_token_logps(self, inputs: dict[str, Any], labels: Tensor, model: Any = None) -> Tensor:
         """Score a batch under the reference: a second model, the "ref" adapter, or no adapter."""
+        model = model or self.ref_model or self.model
         adapter: Any = contextlib.nullcontext()
         if self.ref_model is None and is_peft_model(self.accelerator.unwrap_model(self.model)):
             policy = self.accelerator.unwrap_model(self.model)
@@ -488,14 +452,11 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             adapter,
             self.accelerator.autocast(),
         ):
-            token_logps = self._score(model, inputs, labels).token_logps
-        assert token_logps is not None
-        return token_logps
+            return self._score(model, inputs, labels).token_logps
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         """Return the reference's summed log-probs (P,) of chosen and of rejected completions."""
-        token_logps = self._ref_token_logps(model, inputs, labels_of(inputs))
-        return token_logps.sum(1).chunk(2)
+        return self._ref_token_logps(inputs, labels_of(inputs), model).sum(1).chunk(2)
 
     def _kl_log_ratios(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Score mismatched pairs under policy and reference, for KTO's baseline; all ranks' values."""
@@ -505,10 +466,8 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         labels = labels_of(rotated)
         with torch.no_grad():
             logps = self._score(model, rotated, labels).token_logps
-            assert logps is not None
             if not self.args.reference_free:
-                scorer = self.ref_model if self.ref_model is not None else self.model
-                logps = logps - self._ref_token_logps(scorer, rotated, labels)
+                logps = logps - self._ref_token_logps(rotated, labels)
             mean = logps.sum(1).mean()
             if len(labels) == (1 if self._unpaired else 2):
                 # What is left of an epoch: one example has nothing to be mismatched with.
@@ -522,8 +481,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         ref_logps = None
         if self._needs_reference and "ref_chosen_logps" not in inputs:
             # Before the policy, whose activations then do not lie beside it.
-            scorer = self.ref_model if self.ref_model is not None else self.model
-            ref_logps = self._ref_token_logps(scorer, inputs, labels)
+            ref_logps = self._ref_token_logps(inputs, labels)
         elif self._objective.loss.reference and not self.args.reference_free:
             ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         kl_log_ratios = None
@@ -533,7 +491,6 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         outputs = self._score(
             model, inputs, labels, **({"output_router_logits": True} if aux else {})
         )
-        assert outputs.token_logps is not None
         scored, is_chosen = labels != IGNORE_INDEX, inputs.get("is_chosen")
         output = loss_from_token_logps(
             self._objective,
@@ -568,33 +525,26 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         """Completions of either kind on all ranks: gradients are averaged, hence the count per rank."""
         there = scored.any(1)
         counts = torch.stack([(there & is_chosen).sum(), (there & ~is_chosen).sum()]).float()
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts, "sum") / self.accelerator.num_processes
-        return counts[0], counts[1]
+        chosen, rejected = self.accelerator.reduce(counts, "mean")
+        return chosen, rejected
 
     def _gathered_metrics(self, output: PreferenceLossOutput) -> dict[str, float]:
         """Metrics over the sequences of all ranks, one sync; what has no sequence is left out."""
-        o = output._asdict()
+        o, left_out = output._asdict(), ["accuracies"] if self._unpaired else []
         for side in ("chosen", "rejected"):
             names = [name for name in o if name.startswith(f"{side}_")]
-            table = torch.stack(
-                [o[name].float() for name in names] + [torch.ones_like(o[names[0]])], 1
-            )
-            if self.accelerator.num_processes > 1:
-                table = self.accelerator.pad_across_processes(table)
-                table = self.accelerator.gather(table)
-            table = table[table[:, -1] > 0]
-            if self._unpaired:
-                table = table[table[:, names.index(f"{side}_lengths")] > 0]
-            o.update(zip(names, table[:, :-1].unbind(1)))
+            columns = [o[name].float() for name in names]
+            table = torch.stack([*columns, torch.ones_like(columns[0])], 1)
+            table = self.accelerator.gather(self.accelerator.pad_across_processes(table))
+            real = table[:, names.index(f"{side}_lengths") if self._unpaired else -1] > 0
+            o.update(zip(names, table[real, :-1].unbind(1)))
+            if not real.any():
+                left_out += [side, "margins"]
         o["clip_fraction"] = self.accelerator.gather(o["clip_fraction"]).mean()
         metrics = preference_metrics(PreferenceLossOutput(**o))
-        if self._unpaired:
-            metrics.pop("rewards/accuracies", None)
         values = torch.stack([value.float() for value in metrics.values()]).tolist()
-        empty = {s for s in ("chosen", "rejected") if o[f"{s}_logps"].numel() == 0}
         return {
             name: value
             for name, value in zip(metrics, values)
-            if not any(kind in name for kind in empty) and not (empty and "margins" in name)
+            if not any(word in name for word in left_out)
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from dilkern.backends.base import BACKENDS
 from dilkern.integrations.packing import check_attention
 from dilkern.losses import get_loss
 from dilkern.objective import Objective
-from dilkern.options import OPTION_NAMES, LossOptions
+from dilkern.options import OPTION_NAMES, LossOptions, described
 from dilkern.validation import check_choice, check_positive, reject
 
 # Options of DPOConfig that DILTrainer does not have: (name, the value that means "not asked for",
@@ -30,18 +30,14 @@ _FOREIGN = (
     ("discopop_tau", 0.05, "Leave it out."),
     ("use_liger_kernel", False, "Leave it out: it replaces the forward that dilkern extends."),
 )
+_OF_REFERENCE = ("precompute_ref_log_probs", "sync_ref_model", "reference_free")
 
 
 def _check_report_to(names: Any) -> None:
     """Refuse logging backends that are unknown or not installed; transformers does so later."""
     installed = {*get_available_reporting_integrations(), "flyte"}  # flyte has no probe
     for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            reject(
-                f"`report_to` must be none, all, or among {', '.join(sorted(INTEGRATION_TO_CALLBACK))}",
-                repr(name),
-                "Choose one of these.",
-            )
+        check_choice("report_to", name, ("none", "all", *INTEGRATION_TO_CALLBACK))
         if name not in installed:
             reject(
                 f"report_to={name!r} needs its package",
@@ -58,6 +54,7 @@ def _has_bf16(use_cpu: bool) -> bool:
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+@described
 @dataclass
 class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
     """`DPOConfig` with the losses of dilkern.
@@ -68,7 +65,8 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
         beta, length_normalize, ..., strict: the fields of `dilkern.options.LossOptions`.
         reference_free: f = log pi_theta on purpose, no reference model is loaded or run.
         padding_free: run the model on one row of all sequences without padding; results are the same.
-        backend, workspace_mib: see `linear_logps`.
+        backend: auto, torch or triton; see `linear_logps`.
+        workspace_mib: temporary memory of the head; see `linear_logps`.
         quantize_lm_head: the lm_head too in 4 bits, for a model loaded in 4 bits; of a tied one a copy.
         learning_rate: None for 1e-4 where an adapter trains and 1e-6 where all weights do.
         bf16: None for what the hardware multiplies in; in software bf16 is slower than fp32.
@@ -87,24 +85,14 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
     # Not annotated: that would make it a field.
     _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "loss_params"]  # noqa: RUF012
 
-    loss_type: str = field(  # type: ignore[assignment]
-        default="lsif", metadata={"help": "Name of the loss."}
-    )
-    loss_params: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Parameters of the loss."}
-    )
-    reference_free: bool = field(default=False, metadata={"help": "Use no reference."})
-    learning_rate: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Default: 1e-4 with an adapter, 1e-6 without."}
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Log the mean so far in place of a loss of NaN."}
-    )
-    backend: str = field(default="auto", metadata={"help": "auto, torch or triton."})
-    workspace_mib: float = field(default=256, metadata={"help": "Temporary memory of the head."})
-    quantize_lm_head: bool = field(
-        default=False, metadata={"help": "Put the lm_head too into 4 bits; of a tied one a copy."}
-    )
+    loss_type: str = "lsif"  # type: ignore[assignment]
+    loss_params: dict[str, Any] | str | None = None
+    reference_free: bool = False
+    learning_rate: float | None = None  # type: ignore[assignment]
+    logging_nan_inf_filter: bool = False
+    backend: str = "auto"
+    workspace_mib: float = 256
+    quantize_lm_head: bool = False
 
     def __post_init__(self) -> None:
         loss_type = self.loss_type
@@ -144,26 +132,15 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
         check_attention(init.get("attn_implementation"), self.device)
         check_positive("workspace_mib", self.workspace_mib)
         check_choice("backend", self.backend, ("auto", *BACKENDS))
-        if not entry.reference:
-            for name in ("precompute_ref_log_probs", "sync_ref_model", "reference_free"):
-                if getattr(self, name):
-                    reject(
-                        f"loss {entry.name!r} has no reference",
-                        f"{name}=True",
-                        "Leave it out, or take a loss that uses a reference.",
-                    )
-        if self.reference_free:
-            for name in ("precompute_ref_log_probs", "sync_ref_model"):
-                if getattr(self, name):
-                    reject(
-                        "`reference_free` runs no reference", f"{name}=True", "Drop one of them."
-                    )
-        if entry.baseline and self.precompute_ref_log_probs:
-            reject(
-                f"loss {entry.name!r} scores mismatched pairs, which change with every batch",
-                "precompute_ref_log_probs=True",
-                "Set precompute_ref_log_probs=False.",
-            )
+        pairs = f"loss {entry.name!r} scores mismatched pairs, which change with every batch"
+        for clash, rule, names in (
+            (not entry.reference, f"loss {entry.name!r} has no reference", _OF_REFERENCE),
+            (self.reference_free, "`reference_free` runs no reference", _OF_REFERENCE[:2]),
+            (entry.baseline, pairs, _OF_REFERENCE[:1]),
+        ):
+            for name in names:
+                if clash and getattr(self, name):
+                    reject(rule, f"{name}=True", "Leave it out, or take another loss.")
         self.objective()  # every other rule of the loss, before anything is loaded
 
     def objective(self) -> Objective:
