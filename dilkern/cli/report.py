@@ -170,6 +170,7 @@ def plot_dynamics(
     rewards = "beta x log-ratio to the reference" if reference else "beta x log-prob"
     for panel, text in zip(panels, (rewards, "margin", "loss")):
         panel.set_xlabel("step")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_ylabel(text)
         panel.grid(alpha=0.3)
         if panel.lines:
