@@ -75,6 +75,12 @@ class Loss:
     aliases: tuple[str, ...] = ()
     triton: str | None = None
 
+    def __reduce__(self) -> Any:
+        # An entry of the registry is pickled by name: its curves may be lambdas.
+        if LOSSES.get(self.name) is self:
+            return get_loss, (self.name,)
+        return super().__reduce__()
+
 
 _DIL = "Xiao et al. 2025 (DIL), eq. 24"
 
@@ -381,6 +387,12 @@ def get_loss(loss: str | Loss, *, bregman_only: bool = False, argument: str = "l
 
 def merge_params(entry: Loss, given: Mapping[str, Any] | None) -> dict[str, float]:
     """Return the entry's parameters with the caller's values in place of defaults."""
+    if given is not None and not isinstance(given, Mapping):
+        reject(
+            f"the parameters of loss {entry.name!r} must be a mapping of names to numbers",
+            repr(given),
+            f"Write e.g. {{{next(iter(entry.params), 'lam')!r}: 1.0}}.",
+        )
     given = dict(given or {})
     unknown = sorted(set(given) - set(entry.params))
     if unknown:

@@ -28,9 +28,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_HIGH = tl.constexpr(1.4423828125)
 LOG2E_LOW = tl.constexpr(0.0003122283889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# ln 2 in two parts; the first has so few bits that its products with exponents are exact.
-LN2_HIGH = tl.constexpr(0.693138122558594)
-LN2_LOW = tl.constexpr(9.0580006145e-06)
+# ln 2 in two parts; the first has 9 bits: its products with exponents up to 2^15 are exact.
+LN2_HIGH = tl.constexpr(0.693359375)
+LN2_LOW = tl.constexpr(-2.1219444005469057e-4)
 # Powers of two that P may exceed its anchor by: 2^11 stays in range for fp16.
 SLACK = tl.constexpr(11.0)
 

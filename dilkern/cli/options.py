@@ -187,7 +187,12 @@ class Parser(TrlParser):  # type: ignore[misc]
                 f"{path}, a {type(values).__name__}",
                 "Write lines such as `lora_r: 8`.",
             )
-        os.environ.update({str(k): str(v) for k, v in (values.pop("env", None) or {}).items()})
+        env = values.pop("env", None) or {}
+        if not isinstance(env, dict):
+            reject(
+                f"{path}: 'env' must map names to values", repr(env), "Write NAME: value under it."
+            )
+        os.environ.update({str(k): str(v) for k, v in env.items()})
         words: list[str] = []
         for key, value in values.items():
             words += self._yaml_words(f"{path}: ", str(key), value)
@@ -200,6 +205,8 @@ class Parser(TrlParser):  # type: ignore[misc]
             if name != "loss_param":
                 return [f"--{name}={json.dumps(value)}"]
             value = [f"{param}={number}" for param, number in value.items()]
+        if value is False and "no" in (action.choices or ()):
+            value = "no"  # which YAML reads as false
         if negated and not isinstance(value, bool):
             reject(f"{where}{key!r} must be true or false", repr(value), "Correct it.")
         if value is None:

@@ -121,6 +121,10 @@ CU = torch.tensor([0, 6, 12, 18, 24])
             r"`lam` must be a finite number; received nan",
         ),
         ({**REF, "params": {"lam": 1}}, r"parameters of loss 'lsif' are: none; received lam"),
+        (
+            {**REF, "h": "power", "params": "lam=1"},
+            r"parameters of loss 'power' must be a mapping.*received 'lam=1'.*{'lam': 1.0}",
+        ),
         ({**REF, "h": "nce", "params": {"nu": 0}}, r"`nu` must be > 0"),
         ({**REF, "label_smoothing": 0.7}, r"`label_smoothing` must be in \[0, 0.5\]"),
         ({**REF, "mixture": 2.0}, r"`mixture` must be in \[0, 1.0\]"),

@@ -1,5 +1,6 @@
 """fused_dil_loss against the specification: layouts, references, options, bits."""
 
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -16,6 +17,7 @@ from dilkern import (
     preference_metrics,
     reference,
 )
+from dilkern.losses import LOSSES
 
 H_NAMES = ["lsif", "ukl", "bce"]
 
@@ -232,6 +234,13 @@ def test_an_objective_stands_for_a_name_and_its_options(options):
     assert torch.equal(fused_dil_loss(states, weight, labels, h=objective, **kw).loss, named)
     out = fused_preference_loss(states, weight, labels, loss=objective, **kw)
     assert torch.equal(out.loss, named)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_objective_survives_pickle(loss):
+    objective = Objective(loss)
+    again = pickle.loads(pickle.dumps(objective))
+    assert again.loss is LOSSES[loss] and repr(again) == repr(objective)
 
 
 def test_outputs_beside_the_loss_are_detached():

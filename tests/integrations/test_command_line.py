@@ -122,6 +122,7 @@ def test_yaml_is_read_as_flags_are(tmp_path):
     assert settled("no_gradient_checkpointing: false").config.gradient_checkpointing is True
     assert settled("length-normalize: false").config.length_normalize is False
     assert settled("max_log_ratio: null").config.max_log_ratio is None
+    assert settled("save_strategy: no").config.save_strategy == "no"  # false, to YAML
     assert settled("env:\n  DILKERN_TEST: 1").config.use_cpu
     assert os.environ.pop("DILKERN_TEST") == "1"
     for text, message in (
@@ -132,6 +133,7 @@ def test_yaml_is_read_as_flags_are(tmp_path):
         ("beta: [1, 2]", "'beta' takes one value"),
         ("no-gradient-checkpointing: yes please", "must be true or false"),
         ("model: [x", "must be a YAML file"),
+        ("env: 3", "'env' must map names to values; received 3"),
         ("test_split_size: 0.1", "Use --eval-split"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -151,6 +151,24 @@ def test_any_finite_logit(order, size, path, budget):
     budget.check("grad", leaf.grad, other.grad, truth_leaf.grad)
 
 
+def test_logits_of_hundreds_keep_the_digits_of_the_head_gradient(path, budget):
+    """Where one word has all the probability, the log-sum-exp must be its logit to the last place."""
+    h, w, b, labels, options = make((40, 300, 32), torch.float32, bias=True, spread=40.0, seed=1)
+    g = torch.randn(40)
+
+    def fused(h, w, b):
+        return linear_logps(h, DenseHead(w, b, **options), labels, backend="triton")
+
+    def naive(h, w, b):
+        return eager(h, w, b, labels, **options)
+
+    _, got = run(fused, h, w, b, g=g)
+    _, peer = run(naive, h, w, b, g=g)
+    _, truth = run(naive, h.double(), w.double(), b.double(), g=g)
+    for name, *three in zip(("hidden", "weight", "bias"), got, peer, truth):
+        budget.check(name, *three)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_inputs_propagate(value, path):
     h, w, _, labels, _ = make((12, 140, 32), torch.float32)
