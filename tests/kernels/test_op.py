@@ -141,7 +141,8 @@ def test_any_finite_logit(order, size, path, budget):
     h[:, 0] = 1 + 0.01 * torch.arange(20)
     labels = torch.randint(0, v, (20,))
     leaf, truth_leaf = h.clone().requires_grad_(), h.double().requires_grad_()
-    got = linear_logps(leaf, w, labels, backend="triton", workspace_mib=0.02)
+    head = w.clone().requires_grad_()
+    got = linear_logps(leaf, head, labels, backend="triton", workspace_mib=0.02)
     truth = eager(truth_leaf, w.double(), None, labels, 1.0, 0.0)
     other = h.clone().requires_grad_()
     peer = eager(other, w, None, labels, 1.0, 0.0)
@@ -149,6 +150,7 @@ def test_any_finite_logit(order, size, path, budget):
         x.sum().backward()
     budget.check("logps", got.detach(), peer.detach(), truth.detach())
     budget.check("grad", leaf.grad, other.grad, truth_leaf.grad)
+    assert torch.isfinite(head.grad).all()
 
 
 def test_logits_of_hundreds_keep_the_digits_of_the_head_gradient(path, budget):
