@@ -148,8 +148,9 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
 def weight_block(head: HeadView, start: int, end: int, dtype: torch.dtype) -> Tensor:
     """Return rows [start, end) of the weight, row-major.
 
-    A library sums in another order over a transposed operand, and the same weight shall give the
-    same bits however it lies. The copy is of one block, which the plans count.
+    A library sums in another order over a transposed operand, and the same block shall give the
+    same bits however the weight lies. The copy is of one block; the plans count it, so in a tight
+    workspace blocks are smaller, and bits may differ, for a weight that must be copied.
     """
     return head.block(start, end, dtype).contiguous()
 

@@ -262,6 +262,13 @@ def _settle_adapter(given: dict[str, Any]) -> None:
         why = "--lora-r 0" if rank == 0 else "--use-peft false"
         names = ", ".join(map(flag, asked))
         reject(f"{names} need an adapter", why, "Give a rank, e.g. --lora-r 16, or drop them.")
+    idle = [name for name in given if "bnb" in name and given[name]]
+    if idle and "load_in_4bit" not in bits:
+        reject(
+            f"{', '.join(map(flag, idle))} say how weights are put into 4 bits",
+            "no --load-in-4bit",
+            "Add --load-in-4bit, or drop them.",
+        )
     given["use_peft"] = bool(asked or bits)
     if not given["use_peft"]:
         return

@@ -333,6 +333,7 @@ def test_four_bit(kind, data, tmp_path, monkeypatch):
 
 REFUSED = [
     ({"quantize-lm-head": True}, "goes with --load-in-4bit"),
+    ({"bnb-4bit-quant-type": "fp4"}, "bnb-4bit-quant-type say how .* no --load-in-4bit"),
     ({"loss": "dop"}, "must be one of.*Did you mean 'dpo'"),
     ({"modell": "x"}, "received '--modell'. Did you mean --model"),
     ({"lora-target": "qproj"}, "modules of the model: .*v_proj; .*Did you mean 'q_proj'"),
