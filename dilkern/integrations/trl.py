@@ -118,10 +118,10 @@ def _say(line: str | None, args: Any) -> None:
 
 def _evals(kwargs: dict[str, Any]) -> list[Any]:
     """Return the evaluation datasets of the trainer's keywords: none, one, or those of a dict."""
-    given = kwargs.get("eval_dataset")
-    if given is None:
+    datasets = kwargs.get("eval_dataset")
+    if datasets is None:
         return []
-    return list(given.values()) if isinstance(given, dict) else [given]
+    return list(datasets.values()) if isinstance(datasets, dict) else [datasets]
 
 
 class DILTrainer(DPOTrainer):  # type: ignore[misc]
@@ -189,28 +189,28 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         entry = self._objective.loss
         self._tag_names = [*type(self)._tag_names, entry.name]
         self._unpaired = _is_unpaired(dataset)
-        given = not self._unpaired and "ref_chosen_logps" in next(iter(dataset))
-        self._needs_reference = entry.reference and not args.reference_free and not given
-        self._check(entry, args, ref_model, given, kwargs)
+        brings_reference = not self._unpaired and "ref_chosen_logps" in next(iter(dataset))
+        self._needs_reference = entry.reference and not args.reference_free and not brings_reference
+        self._check(entry, args, ref_model, brings_reference, kwargs)
         init: Any = args.model_init_kwargs
         self._packed = args.padding_free
         config = AutoConfig.from_pretrained(model, **_source(args)) if named else model.config
         self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        loads = named and (adds_adapter or args.quantize_lm_head)
-        if loads:
+        loads_here = named and (adds_adapter or args.quantize_lm_head)
+        if loads_here:
             model = self._load(model, config, args, kwargs)
-        held = loads or not named  # else the parent loads it
-        tied = held and is_tied(model)
+        at_hand = loads_here or not named  # else the parent loads it
+        tied = at_hand and is_tied(model)
         if args.quantize_lm_head:
             _say(quantize_lm_head(model), args)
         if not self._needs_reference:
             ref_model = _NoReference()
         self._checked: set[int] = set()
         self._until_installed = contextlib.ExitStack()
-        if held:
+        if at_hand:
             self._until_installed.enter_context(_head_without_adapter(model))
         args.padding_free = False  # the parent warns that it cannot; we can
-        if loads:
+        if loads_here:
             args.model_init_kwargs = None  # used up; the parent would warn that it ignores them
         try:
             super().__init__(model, ref_model=ref_model, args=args, **kwargs)
@@ -262,11 +262,18 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         return create_model_from_path(name, **init)
 
     def _check(
-        self, entry: Loss, args: DILConfig, ref_model: Any, given: bool, kwargs: dict[str, Any]
+        self,
+        entry: Loss,
+        args: DILConfig,
+        ref_model: Any,
+        brings_reference: bool,
+        kwargs: dict[str, Any],
     ) -> None:
         if ref_model is not None and not self._needs_reference:
             why = (
-                "the dataset brings ref_chosen_logps" if given else f"loss {entry.name!r} uses none"
+                "the dataset brings ref_chosen_logps"
+                if brings_reference
+                else f"loss {entry.name!r} uses none"
             )
             reject("`ref_model` must be left out", f"a ref_model, but {why}", "Drop one of them.")
         images = _has_images(kwargs["train_dataset"])
@@ -275,7 +282,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             (entry.baseline, f"loss {entry.name!r}, which scores pairs that change with the batch"),
             (images, "images, whose collator drops them"),
         ):
-            if given and clash:
+            if brings_reference and clash:
                 reject(
                     "reference log-probs come with text alone, for a reference of fixed pairs",
                     f"columns ref_chosen_logps, and {what}",
@@ -307,10 +314,10 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 "Set padding_free=False.",
             )
         for dataset in _evals(kwargs):
-            if given != ("ref_chosen_logps" in next(iter(dataset))):
+            if brings_reference != ("ref_chosen_logps" in next(iter(dataset))):
                 reject(
                     "train and eval dataset must both bring reference log-probs, or neither",
-                    f"ref_chosen_logps in the {'train' if given else 'eval'} dataset alone",
+                    f"ref_chosen_logps in the {'train' if brings_reference else 'eval'} dataset alone",
                     "Add the columns to the other one, or drop them.",
                 )
             if _is_unpaired(dataset) != self._unpaired:
