@@ -57,7 +57,9 @@ def _finish_rows_kernel(
     anchor = tl.load(state.anchor + offs_t, mask=mask_t, other=0.0)
     # The target against the wrong words, whose log-sum-exp is top ln 2 + log(total) (5): without
     # overflow, and without a difference of what nearly cancels.
-    lead = (z_y - top * LN2_HIGH) - top * LN2_LOW
+    # Without a wrong word `top` is -inf; its second part would be +inf.
+    low = tl.where(top == -float("inf"), 0.0, top * LN2_LOW)
+    lead = (z_y - top * LN2_HIGH) - low
     ahead = lead > 0
     # `lead` may be inf, of which `exp` knows nothing; e^-200 is 0.
     small = exp(-tl.minimum(tl.abs(lead), 200.0))
@@ -67,7 +69,7 @@ def _finish_rows_kernel(
     # The log-sum-exp stays a pair, a number near the peak and what is above it: exp(z - lse) in
     # backward has the error of lse, and a large lse rounded once is off by more than the logits are.
     tl.store(peak_ptr + offs_t, tl.where(ahead, z_y, top * LN2_HIGH), mask=mask_t)
-    tl.store(log_sum_ptr + offs_t, tl.where(ahead, over, rest + top * LN2_LOW), mask=mask_t)
+    tl.store(log_sum_ptr + offs_t, tl.where(ahead, over, rest + low), mask=mask_t)
     if store_u != 0:
         share = tl.where(ahead, small / (1.0 + total * small), 1.0 / (total + small))
         miss = total * share  # 1 - p_y
