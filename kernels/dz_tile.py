@@ -61,10 +61,7 @@ def _dz_tile_kernel(
     log_sum = tl.load(rows.log_sum + offs_t, mask=mask_t, other=0.0)
     g = tl.load(rows.g + offs_t, mask=mask_t, other=0.0)
     label = (tl.load(rows.labels + offs_t, mask=mask_t, other=-1) - start).to(tl.int32)
-    log_p = (z - peak[:, None]) - log_sum[:, None]
-    # Beyond |z| = 2^14 the peak is rounded, by more than e can be raised to in the end; NaN stays.
-    log_p = tl.minimum(log_p, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    dz = -tl.exp2(log_p * LOG2E)
+    dz = -tl.exp2(((z - peak[:, None]) - log_sum[:, None]) * LOG2E)
     if tl.sum(((label >= word) & (label < word + BLOCK_V)).to(tl.int32), 0) > 0:
         miss = tl.load(rows.miss + offs_t, mask=mask_t, other=0.0)
         dz = tl.where(offs_v[None, :] == label[:, None], miss[:, None], dz)
