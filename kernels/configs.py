@@ -1,6 +1,6 @@
 """Which tile each kernel uses on which architecture: one table, nothing tunes at run time.
 
-Rows are compiled for their architecture by tests/aot; tools/tune.py proposes rows on a GPU.
+The dry run compiles the rows for their architecture; tools/tune.py proposes rows on a GPU.
 None of them is measured yet: they were chosen by registers, shared memory and the roofline of
 docs/kernels.md.
 """

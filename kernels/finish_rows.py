@@ -69,9 +69,10 @@ def _finish_rows_kernel(
     # The log-sum-exp stays a pair, a number near the peak and what is above it: exp(z - lse) in
     # backward has the error of lse, and a large lse rounded once is off by more than the logits are.
     tl.store(peak_ptr + offs_t, tl.where(ahead, z_y, top * LN2_HIGH), mask=mask_t)
-    # Neighbours of so large a peak lie further apart than 1/2: no exponent may come out above 0.
-    slack = tl.where(tl.abs(top) < 4194304.0, 0.0, tl.abs(top) * 4.76837158203125e-07)
-    slack = tl.where(top == -float("inf"), 0.0, slack)
+    # From 2^22 on neighbours of the peak lie half a unit or more apart; 2^-21 of it is more than the
+    # roundings come to, so that no exponent of backward is above 0.
+    exact = (tl.abs(top) < 4194304.0) | (top == -float("inf"))
+    slack = tl.where(exact, 0.0, tl.abs(top) * 4.76837158203125e-07)
     tl.store(log_sum_ptr + offs_t, tl.where(ahead, over, rest + low) + slack, mask=mask_t)
     if store_u != 0:
         share = tl.where(ahead, small / (1.0 + total * small), 1.0 / (total + small))
