@@ -7,13 +7,15 @@ S sequences, L positions, T = S * L tokens (flat), N of them scored, D hidden si
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from dilkern.backends import base as backends
+from dilkern.backends.base import Quiet
+from dilkern.backends.word_filter import threshold
 from dilkern.lm_head import Head, as_head, call_gathered, rebuild, sharded_by_zero3
 from dilkern.validation import (
     check_bool,
@@ -36,9 +38,14 @@ def _linear_logps(
     ignore_index: int,
     backend: str,
     workspace_bytes: int,
+    filter_eps: float,  # 0.0: no filter
     need_u: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return token_logps (T,), scored positions (N,), their logps (N,) and lse (2, N), u (N, D)."""
+    need_head: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return token_logps (T,), scored positions (N,), their logps (N,) and lse (2, N), u (N, D).
+
+    Then the fields of `Quiet`, empty without a filter or with a frozen head.
+    """
     head = rebuild(head_spec, head_tensors, hidden.device)
     # The callers' autocast would round what is kept in fp32 here on purpose.
     with torch.autocast(hidden.device.type, enabled=False):
@@ -46,24 +53,37 @@ def _linear_logps(
         targets = labels.index_select(0, scored).long()
         check_label_values(targets, head.vocab_size, ignore_index)
         result = backends.resolve(backend, hidden.device, hidden.dtype).forward(
-            hidden, scored - shift, targets, head, workspace_bytes=workspace_bytes, need_u=need_u
+            hidden,
+            scored - shift,
+            targets,
+            head,
+            workspace_bytes=workspace_bytes,
+            need_u=need_u,
+            filter_eps=filter_eps,
+            need_quiet=need_head and filter_eps > 0,
         )
         token_logps = result.logps.new_zeros(labels.shape).index_copy_(0, scored, result.logps)
-    return token_logps, scored, result.logps, result.lse, result.u
+    weights, mass = result.quiet or (result.logps.new_empty(0, 0) for _ in range(2))
+    return token_logps, scored, result.logps, result.lse, result.u, weights, mass
 
 
 @_linear_logps.register_fake
 def _(hidden: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    need_u = options[-1]
-    num_scored = torch.library.get_ctx().new_dynamic_size()
+    filter_eps, need_u, need_head = options[-3:]
+    new_size = torch.library.get_ctx().new_dynamic_size
+    num_scored = new_size()
     acc = backends.accumulation_dtype(hidden.dtype)
     u_dtype = acc if hidden.dtype is torch.float16 else hidden.dtype
+    filtered = filter_eps > 0 and need_head
+    parts, words, blocks = (new_size() if filtered else 0 for _ in range(3))
     return (
         hidden.new_empty(labels.shape, dtype=acc),
         labels.new_empty(num_scored, dtype=torch.int64),
         hidden.new_empty(num_scored, dtype=acc),
         hidden.new_empty(2, num_scored, dtype=acc),
         hidden.new_empty(num_scored if need_u else 0, hidden.shape[1], dtype=u_dtype),
+        hidden.new_empty(parts, words, dtype=acc),
+        hidden.new_empty(blocks, num_scored if filtered else 0, dtype=acc),
     )
 
 
@@ -98,6 +118,8 @@ def _head_backward(
     scored: Tensor,  # (N,)
     logps: Tensor,  # (N,)
     lse: Tensor,  # (2, N)
+    quiet_weights: Tensor,  # the fields of `Quiet`, or empty
+    quiet_mass: Tensor,
     head_tensors: Sequence[Tensor],
     head_spec: str,
     needed: Sequence[bool],
@@ -116,6 +138,7 @@ def _head_backward(
             logps,
             lse,
             grad.index_select(0, scored),
+            Quiet(quiet_weights, quiet_mass) if quiet_weights.numel() else None,
             needed=needed,
             workspace_bytes=workspace_bytes,
         )
@@ -131,6 +154,8 @@ def _(
     scored: Tensor,
     logps: Tensor,
     lse: Tensor,
+    quiet_weights: Tensor,
+    quiet_mass: Tensor,
     head_tensors: Sequence[Tensor],
     head_spec: str,
     needed: Sequence[bool],
@@ -155,15 +180,15 @@ _head_backward.register_autograd(_refuse_double_backward, setup_context=_no_cont
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    hidden, labels, head_tensors, head_spec, shift, _, backend, workspace_bytes, _ = inputs
-    token_logps, scored, logps, lse, u = output
-    ctx.mark_non_differentiable(scored, logps, lse, u)
+    hidden, labels, head_tensors, head_spec, shift, _, backend, workspace_bytes, *_ = inputs
+    token_logps, scored, logps, lse, u, *quiet = output
+    ctx.mark_non_differentiable(scored, logps, lse, u, *quiet)
     ctx.set_materialize_grads(False)
     ctx.head_needs = [t.requires_grad for t in head_tensors]
     ctx.options = (head_spec, shift, backend, workspace_bytes)
     ctx.dtype, ctx.num_head_tensors = hidden.dtype, len(head_tensors)
     # With a frozen head u replaces the hidden states as the saved tensor.
-    extra = (hidden, labels, logps, lse, *head_tensors) if any(ctx.head_needs) else ()
+    extra = (hidden, labels, logps, lse, *quiet, *head_tensors) if any(ctx.head_needs) else ()
     ctx.save_for_backward(token_logps, scored, u, *extra)
 
 
@@ -176,7 +201,7 @@ def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
         if ctx.needs_input_grad[0]:
             grad_hidden = _hidden_backward(grad, token_logps, scored, u, shift, ctx.dtype)
         if any(ctx.head_needs):
-            hidden, labels, logps, lse, *head_tensors = extra
+            hidden, labels, logps, lse, weights, mass, *head_tensors = extra
             computed = _head_backward(
                 grad,
                 token_logps,
@@ -185,6 +210,8 @@ def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
                 scored,
                 logps,
                 lse,
+                weights,
+                mass,
                 head_tensors,
                 head_spec,
                 ctx.head_needs,
@@ -193,7 +220,7 @@ def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
                 workspace_bytes,
             )
             head_grads = [g if n else None for g, n in zip(computed, ctx.head_needs)]
-    return grad_hidden, None, head_grads, None, None, None, None, None, None
+    return grad_hidden, None, head_grads, *[None] * 8
 
 
 _linear_logps.register_autograd(_backward, setup_context=_setup_context)
@@ -246,6 +273,7 @@ def linear_logps(
     ignore_index: int = -100,
     backend: str = "auto",
     workspace_mib: float = 256,
+    filter_eps: float | Literal["auto"] | None = None,
 ) -> Tensor:
     r"""Compute the log-probability of each label without holding the logits.
 
@@ -267,6 +295,10 @@ def linear_logps(
         ignore_index: the label that is not scored; such rows never reach the head.
         backend: "auto", "torch" or "triton".
         workspace_mib: the most temporary memory in MiB, beside O(T D) for results and u.
+        filter_eps: None: exact gradients. A number in (0, 1]: words whose mean probability over a
+            block of rows is below it enter the gradient by their mean, which saves most of its time;
+            log-probs keep their bits. "auto": 2^-21 for fp32, 2^-19 for 16 bits, with an error below
+            that of 16-bit logits. Look with `filter_report`; docs/filter.md.
 
     Returns:
         token_logps: float32 (float64 for float64 inputs), the shape of `labels`, in nats; entry t
@@ -301,7 +333,16 @@ def linear_logps(
         labels = mask_first_labels(labels, ignore_index=ignore_index)
 
     def score(states: Tensor) -> Tensor:
-        return _score(states, as_head(lm_head), labels, shift, ignore_index, backend, workspace_mib)
+        return _score(
+            states,
+            as_head(lm_head),
+            labels,
+            shift,
+            ignore_index,
+            backend,
+            workspace_mib,
+            filter_eps,
+        )
 
     sharded = sharded_by_zero3(lm_head)
     return score(hidden_states) if sharded is None else call_gathered(sharded, score, hidden_states)
@@ -315,6 +356,7 @@ def _score(
     ignore_index: int,
     backend: str,
     workspace_mib: float,
+    filter_eps: float | Literal["auto"] | None,
 ) -> Tensor:
     head.check(hidden_states)
     for tensor in head.tensors():
@@ -334,7 +376,9 @@ def _score(
         ignore_index,
         backend,
         int(workspace_mib * 2**20),
+        threshold(filter_eps, hidden.dtype),
         torch.is_grad_enabled() and hidden.requires_grad,
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in head.tensors()),
     )
     token_logps = head.merge(outputs[0], hidden, flat, int(shift), ignore_index)
     return token_logps.reshape(labels.shape)

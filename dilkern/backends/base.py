@@ -35,10 +35,18 @@ class HeadView(Protocol):
     ) -> None: ...
 
 
+class Quiet(NamedTuple):
+    """What the word filter left out of a pass, as the gradient of the head needs it."""
+
+    weights: Tensor  # (parts, V) how a part's rows weigh its quiet words, -1 for loud ones
+    mass: Tensor  # (blocks, N) probability of each row's quiet words, times their slopes
+
+
 class Forward(NamedTuple):
     logps: Tensor  # (N,) log p(label), accumulation dtype
     lse: Tensor  # (2, N) log-sum-exp, accumulation dtype, as peak + log of the sum of exp(z - peak)
     u: Tensor  # (N, D) d logp / d hidden, or (0, D) if not asked for
+    quiet: Quiet | None = None  # where the filter is on and the head needs a gradient
 
 
 class Backend(Protocol):
@@ -56,8 +64,13 @@ class Backend(Protocol):
         *,
         workspace_bytes: int,
         need_u: bool,
+        filter_eps: float = 0.0,
+        need_quiet: bool = False,
     ) -> Forward:
-        """Score hidden[rows] (N, D) against labels (N,)."""
+        """Score hidden[rows] (N, D) against labels (N,).
+
+        filter_eps: mean probability below which the word filter takes a word for quiet; 0.0: none.
+        """
 
     def head_backward(
         self,
@@ -68,6 +81,7 @@ class Backend(Protocol):
         logps: Tensor,  # (N,)
         lse: Tensor,  # (2, N), as forward gave it
         grad_logps: Tensor,  # (N,)
+        quiet: Quiet | None = None,  # as forward gave it
         *,
         needed: Sequence[bool],
         workspace_bytes: int,
@@ -197,6 +211,14 @@ class Blocks(NamedTuple):
         while start < vocab_size:
             yield start, min(end, vocab_size)
             start, end = end, end + self.vocab
+
+    def parts(self, num_tokens: int) -> list[slice]:
+        """All blocks of rows, in the order of a pass."""
+        return [
+            part
+            for kept in row_blocks(0, num_tokens, self.kept)
+            for part in row_blocks(kept.start, kept.stop, self.rows)
+        ]
 
 
 def _even(total: int, most: int, unit: int) -> int:

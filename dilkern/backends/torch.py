@@ -16,6 +16,7 @@ from dilkern.backends.base import (
     Bytes,
     Forward,
     HeadView,
+    Quiet,
     accumulation_dtype,
     add_matmul,
     hands_out_views,
@@ -25,6 +26,7 @@ from dilkern.backends.base import (
     states_of,
     weight_block,
 )
+from dilkern.backends.word_filter import QuietGradient, RowFilter, expected_words, joined
 
 # A row's anchor is moved when a logit passes it by more than this: exp stays in range in every
 # dtype that holds P (fp16: e^8 = 2981), and U is rescaled only rarely.
@@ -84,17 +86,16 @@ def _transform(raw: Tensor, head: HeadView, need_slope: bool) -> Logits:
 
 def _block_logits(
     h: Tensor,
-    weight: Tensor,
+    weight: Tensor,  # (v, D) of the words
     head: HeadView,
-    start: int,
-    end: int,
+    words: slice | Tensor,
     acc: torch.dtype,
     need_slope: bool,
 ) -> Logits:
     raw = matmul(h, weight.t(), acc)
     bias = head.bias()
     if bias is not None:
-        raw.add_(bias[start:end].to(acc))
+        raw.add_(bias[words].to(acc))
     return _transform(raw, head, need_slope)
 
 
@@ -108,9 +109,19 @@ def _target_logits(
     return _transform(raw, head, True)
 
 
-def _replace_targets(block: Tensor, labels: Tensor, start: int, values: Tensor | float) -> None:
-    """Write `values` into column labels[i] of row i where that column lies in the block."""
+def _replace_targets(
+    block: Tensor,  # (n, v) or, of some of its words, (n, k)
+    labels: Tensor,
+    start: int,
+    values: Tensor | float,
+    words: Tensor | None = None,  # (k,) ascending, those of the block that the columns belong to
+) -> None:
+    """Write `values` into the column of word labels[i] in row i where there is one."""
     local = labels - start
+    if words is not None:
+        column = torch.searchsorted(words, local)
+        found = torch.cat([words, words.new_full((1,), -1)]).index_select(0, column) == local
+        local = torch.where(found, column, -1)
     inside = (local >= 0) & (local < block.shape[1])
     column = torch.where(inside, local, 0).unsqueeze(1)
     old = block.gather(1, column).squeeze(1)
@@ -153,15 +164,21 @@ def forward(
     *,
     workspace_bytes: int,
     need_u: bool,
+    filter_eps: float = 0.0,
+    need_quiet: bool = False,
 ) -> Forward:
     """One pass over the vocabulary: log-probs and, if asked, the unscaled gradient u (4)-(6)."""
     acc = accumulation_dtype(hidden.dtype)
     n_tokens, width = rows.numel(), hidden.shape[1]
     blocks = _plan(n_tokens, head, hidden, workspace_bytes)
+    need_p, filtered = need_u or need_quiet, filter_eps > 0 and (need_u or need_quiet)
+    likely = expected_words(hidden, rows, labels, head, blocks) if filtered else labels[:0]
+    w_likely = head.gather(likely, hidden.dtype)
     logps, lse = hidden.new_empty(n_tokens, dtype=acc), hidden.new_empty(2, n_tokens, dtype=acc)
     # fp16 cannot hold the small u of a confident token; its gradient is scaled later, by g.
     u_dtype = acc if hidden.dtype is torch.float16 else hidden.dtype
     u = hidden.new_empty(n_tokens if need_u else 0, width, dtype=u_dtype)
+    kept_quiet: list[Quiet] = []
     for kept in row_blocks(0, n_tokens, blocks.kept):
         y = labels[kept]
         anchor = u.new_full(y.shape, -torch.inf, dtype=acc)  # near the largest wrong logit
@@ -170,10 +187,21 @@ def forward(
         mean_w = u[kept].zero_() if u.dtype is acc else torch.zeros_like(u[kept], dtype=acc)
         parts = list(row_blocks(0, y.numel(), blocks.rows))
         states = states_of(hidden, rows[kept], parts)
-        for start, end in blocks.words(head.vocab_size):
+        filters: list[RowFilter | None] = [None] * len(parts)
+        if filtered:
+            for i, part in enumerate(parts):
+                h = states(part)
+                filters[i] = RowFilter(
+                    filter_eps, y[part],
+                    _target_logits(h, head.gather(y[part], h.dtype), y[part], head, acc).z,
+                    likely, _block_logits(h, w_likely, head, likely, acc, False).z,
+                    blocks, head.vocab_size, need_quiet,
+                )  # fmt: skip
+        for number, (start, end) in enumerate(blocks.words(head.vocab_size)):
             weight = weight_block(head, start, end, hidden.dtype)
-            for part in parts:
-                z, slope = _block_logits(states(part), weight, head, start, end, acc, need_u)
+            for part, row_filter in zip(parts, filters):
+                h = states(part)
+                z, slope = _block_logits(h, weight, head, slice(start, end), acc, need_p)
                 _replace_targets(z, y[part], start, -torch.inf)
                 top = z.amax(1).clamp_min_(torch.finfo(acc).min)
                 old = anchor[part]
@@ -182,13 +210,16 @@ def forward(
                 old.copy_(moved)
                 p = z.sub_(moved.unsqueeze(1)).exp_()
                 total[part].mul_(decay).add_(p.sum(1))
+                if need_p and slope is not None:
+                    p.mul_(slope)
+                operands = p, weight
+                if row_filter is not None:
+                    operands = row_filter.split(p, weight, number, start, moved, total[part], decay)
                 if need_u:
-                    if slope is not None:
-                        p.mul_(slope)
-                    add_matmul(mean_w[part].mul_(decay.unsqueeze(1)), p, weight)
-                del z, p, slope
+                    add_matmul(mean_w[part].mul_(decay.unsqueeze(1)), *operands)
+                del z, p, slope, operands
             del weight
-        for part in parts:
+        for part, row_filter in zip(parts, filters):
             w_y = head.gather(y[part], hidden.dtype)
             z_y, slope_y = _target_logits(states(part), w_y, y[part], head, acc)
             logps[kept][part], share, miss, lse[:, kept][:, part] = normalize(
@@ -200,7 +231,9 @@ def forward(
                 sums = mean_w[part].mul_(-share.unsqueeze(1))
                 sums.addcmul_(w_y.to(acc), miss.unsqueeze(1))
                 u[kept][part] = sums.mul_(head.scale)
-    return Forward(logps, lse, u)
+            if row_filter is not None and need_quiet:
+                kept_quiet.append(row_filter.quiet(share))
+    return Forward(logps, lse, u, joined(kept_quiet))
 
 
 def head_backward(
@@ -211,36 +244,62 @@ def head_backward(
     logps: Tensor,
     lse: Tensor,  # (2, N)
     grad_logps: Tensor,
+    quiet: Quiet | None = None,
     *,
     needed: Sequence[bool],
     workspace_bytes: int,
 ) -> list[Tensor | None]:
-    """Recompute the logits block by block and hand each block's gradient to the head (8)."""
+    """Recompute the logits block by block and hand each block's gradient to the head (8).
+
+    Of a filtered pass those of the loud words; the quiet ones of a part have one gradient, in shares.
+    """
     acc = accumulation_dtype(hidden.dtype)
-    n_tokens = rows.numel()
-    blocks = _plan(n_tokens, head, hidden, workspace_bytes, head_gradient=True)
+    n_tokens, dtype = rows.numel(), hidden.dtype
+    blocks = _plan(n_tokens, head, hidden, workspace_bytes, head_gradient=quiet is None)
+    parts = blocks.parts(n_tokens)
     gradients, columns = head.new_gradients(needed), head.gradient_columns(needed)
-    bias = head.bias()
+    width, bias = hidden[:0, columns].shape[1], head.bias()
+    g = grad_logps * head.scale
+    of_quiet = None
+    if quiet is not None:
+        states = (hidden.index_select(0, rows[part])[:, columns].to(acc) for part in parts)
+        of_quiet = QuietGradient(quiet, parts, g, states)
     # exp(z - lse) is exp(z - lse[0]) but for this factor, which g takes in.
     correction = torch.exp(-lse[1])
     miss = -torch.expm1(logps) / correction
-    g = grad_logps * head.scale * correction
-    for start, end in blocks.words(head.vocab_size):
-        weight = weight_block(head, start, end, hidden.dtype)
-        d_weight = torch.zeros_like(weight[:, columns], dtype=acc)
-        d_bias = weight.new_zeros(end - start, dtype=acc)
-        for part in row_blocks(0, n_tokens, blocks.rows):
+    g = g * correction
+    for number, (start, end) in enumerate(blocks.words(head.vocab_size)):
+        whole = None
+        loud: list[Tensor | None] = [None] * len(parts)
+        if of_quiet is not None:
+            d_weight, d_bias, loud = of_quiet.block(number, start, end)
+        else:
+            d_weight = hidden.new_zeros(end - start, width, dtype=acc)
+            d_bias = hidden.new_zeros(end - start, dtype=acc)
+        for part, words in zip(parts, loud):
+            if words is not None and not words.numel():
+                continue
             h, y = hidden.index_select(0, rows[part]), labels[part]
-            z, slope = _block_logits(h, weight, head, start, end, acc, True)
+            ids: slice | Tensor = slice(start, end)
+            if words is not None:
+                ids = start + words
+                weight = head.gather(ids, dtype)
+            else:
+                weight = whole = weight_block(head, start, end, dtype) if whole is None else whole
+            z, slope = _block_logits(h, weight, head, ids, acc, True)
             dz = z.sub_(lse[0, part].unsqueeze(1)).exp_().neg_()
-            _replace_targets(dz, y, start, miss[part])
+            _replace_targets(dz, y, start, miss[part], words)
             dz.mul_(g[part].unsqueeze(1))
             if slope is not None:
                 dz.mul_(slope)
             if bias is not None:
-                d_bias += dz.sum(0)
-            if d_weight.shape[1]:
+                d_bias[slice(None) if words is None else words] += dz.sum(0)
+            if width and words is None:
                 add_matmul(d_weight, dz.t(), h[:, columns])
+            elif width:  # into words that are all different
+                of_loud = d_weight[words]
+                add_matmul(of_loud, dz.t(), h[:, columns])
+                d_weight[words] = of_loud
             del z, dz, slope
         head.add_block_gradient(gradients, start, end, d_weight, d_bias)
     return gradients

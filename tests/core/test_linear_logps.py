@@ -272,23 +272,27 @@ def test_saves_u_and_not_the_hidden_states_for_a_frozen_head():
     assert sum(t.numel() for t in saved) <= 32 * 32 + 3 * 64
 
 
-def test_custom_op_registration():
+@pytest.mark.parametrize("filter_eps", [0.0, 0.05])
+def test_custom_op_registration(filter_eps):
     h = torch.randn(7, 8, requires_grad=True)
     head = DenseHead(torch.randn(11, 8, requires_grad=True))
     args = (h, torch.randint(0, 11, (7,)), head.tensors(), head.spec(), 0, -100, "torch")
-    torch.library.opcheck(torch.ops.dilkern.linear_logps.default, (*args, 1 << 20, True))
+    asked = (1 << 20, filter_eps, True, True)
+    torch.library.opcheck(torch.ops.dilkern.linear_logps.default, (*args, *asked))
 
 
+@pytest.mark.parametrize("filter_eps", [None, 0.05])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_torch_compile_fullgraph(dynamic):
-    w, y = torch.randn(31, 8), torch.randint(0, 31, (2, 9))
+def test_torch_compile_fullgraph(dynamic, filter_eps):
+    w, y = torch.randn(31, 8, requires_grad=True), torch.randint(0, 31, (2, 9))
     y[0, :4] = -100
 
     def loss(h):
-        return linear_logps(h, w, y, shift=True).square().sum()
+        return linear_logps(h, w, y, shift=True, filter_eps=filter_eps).square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     plain, traced = (torch.ones(2, 9, 8).requires_grad_() for _ in range(2))
     loss(plain).backward()
+    of_head, w.grad = w.grad, None
     compiled(traced).backward()
-    assert torch.equal(plain.grad, traced.grad)
+    assert torch.equal(plain.grad, traced.grad) and torch.equal(of_head, w.grad)

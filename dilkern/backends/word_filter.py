@@ -1,0 +1,214 @@
+"""The word filter: improbable words enter the gradient by their mean (docs/math.md, 9 to 12).
+
+For a block of rows and a block of words most words are improbable in every row. These are *quiet*,
+the others *loud*. Loud words are multiplied exactly, quiet ones as one mean word:
+
+    sum_v p_iv w_v  ~  sum_loud p_iv w_v + d_i mu,   d_i = sum_quiet p_iv,
+    mu = sum_quiet q_v w_v / sum_quiet q_v,          q_v = sum_i c_i p_iv.
+
+With c_i = 1 / (sum of all words) the error sums to zero over the rows. That sum is known only after
+the last block, so until then it is the sum of the words seen and of the *expected* words to come.
+
+N scored tokens, n rows in work, V vocabulary, v words in work, k loud or expected ones, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dilkern.backends.base import (
+    Blocks,
+    HeadView,
+    Quiet,
+    hands_out_views,
+    matmul,
+    weight_block,
+)
+from dilkern.validation import reject
+
+# Most of a block's words may be loud, and most of a row's wrong mass quiet, per block; else the block
+# is multiplied whole.
+MOST_LOUD = 0.5
+MOST_QUIET = 1 / 16
+
+# What "auto" means: errors on two real models below those that bf16 logits bring (1.2e-2) where the
+# inputs are 16-bit, and below a quarter of that for fp32 (docs/filter.md).
+AUTO = {torch.float32: 2.0**-21, torch.float64: 2.0**-21}
+AUTO_16 = 2.0**-19
+
+
+def threshold(filter_eps: float | Literal["auto"] | None, dtype: torch.dtype) -> float:
+    """Return the mean probability below which a word is quiet; 0.0 for no filter.
+
+    Raises:
+        ValueError: neither None, "auto" nor a number in (0, 1].
+    """
+    if filter_eps is None:
+        return 0.0
+    if filter_eps == "auto":
+        return AUTO.get(dtype, AUTO_16)
+    number = isinstance(filter_eps, int | float) and not isinstance(filter_eps, bool)
+    if not number or not 0 < filter_eps <= 1:
+        reject(
+            "`filter_eps` must be None, 'auto' or a number in (0, 1]",
+            repr(filter_eps),
+            "Pass None for exact gradients, or 'auto'.",
+        )
+    return float(filter_eps)
+
+
+def expected_words(
+    hidden: Tensor,  # (R, D)
+    rows: Tensor,  # (N,)
+    labels: Tensor,  # (N,)
+    head: HeadView,
+    blocks: Blocks,
+) -> Tensor:
+    """Return words that are likely to hold much of the probability, ascending.
+
+    The labels of the batch, and what the mean hidden state scores highest; not the latter where the
+    head would have to be decoded or fetched once more for it. At most as many as a block has words.
+    """
+    found, counts = labels.unique(return_counts=True)
+    most = min(head.vocab_size // 64, blocks.vocab // 2)
+    if found.numel() > most:
+        found = found[counts.argsort(descending=True, stable=True)[:most]]
+    liked = min(head.vocab_size // 128, blocks.vocab // 2)
+    if liked and hands_out_views(head, hidden.dtype):
+        acc = torch.promote_types(hidden.dtype, torch.float32)
+        mean = hidden.index_select(0, rows).mean(0, dtype=acc, keepdim=True).to(hidden.dtype)
+        scores = [
+            matmul(mean, weight_block(head, start, end, hidden.dtype).t(), acc).squeeze(0)
+            for start, end in blocks.words(head.vocab_size)
+        ]
+        score, bias = torch.cat(scores), head.bias()
+        if bias is not None:
+            score += bias.to(acc)
+        found = torch.cat([found, score.topk(liked).indices]).unique()
+    ascending: Tensor = found.sort().values
+    return ascending
+
+
+class RowFilter:
+    """The filter of one block of rows, through all blocks of words.
+
+    Args:
+        eps: mean probability over the rows below which a word is quiet.
+        labels: (n,); these words are loud.
+        z_y: (n,) their logits.
+        expected: (k,) ascending words.
+        z: (n, k) their logits, overwritten.
+        blocks: how the words are cut.
+        vocab_size: V.
+        keep: whether `quiet` will be asked for.
+    """
+
+    def __init__(
+        self,
+        eps: float,
+        labels: Tensor,
+        z_y: Tensor,
+        expected: Tensor,
+        z: Tensor,
+        blocks: Blocks,
+        vocab_size: int,
+        keep: bool,
+    ) -> None:
+        self._eps, self._z_y = eps, z_y
+        self._is_label = torch.zeros(vocab_size, dtype=torch.bool, device=z.device)
+        self._is_label[labels] = True
+        # What the expected words after each block will add, relative to the peak of them all.
+        lowest = torch.finfo(z.dtype).min
+        z.masked_fill_(expected == labels.unsqueeze(1), -torch.inf)
+        self._peak = torch.cat([z, torch.full_like(z_y, lowest).unsqueeze(1)], 1).amax(1)
+        sums = z.sub_(self._peak.unsqueeze(1)).exp_().flip(1).cumsum(1).flip(1)
+        sums = torch.nn.functional.pad(sums, (0, 1))
+        ends = [end for _, end in blocks.words(vocab_size)]
+        first = torch.searchsorted(expected, torch.tensor(ends, device=z.device))
+        self._to_come = sums.index_select(1, first).t().contiguous()
+        self._weights = z.new_full((vocab_size if keep else 0,), -1)
+        self._mass = torch.zeros_like(self._to_come[: len(ends) if keep else 0])
+
+    def split(
+        self,
+        p: Tensor,  # (n, v) exp(z - anchor), 0 for labels, times the slope
+        weight: Tensor,  # (v, D)
+        number: int,  # of the block
+        start: int,
+        anchor: Tensor,  # (n,)
+        total: Tensor,  # (n,) of this block and those before
+        decay: Tensor,  # (n,) from the last anchor to this
+    ) -> tuple[Tensor, Tensor]:
+        """Return what to multiply in place of P W: the loud words and, in the last place, the mean.
+
+        P and W themselves where the filter would not pay or leave out too much.
+        """
+        n, v = p.shape
+        self._mass[:number].mul_(decay)
+        wrong = total + self._to_come[number] * (self._peak - anchor).exp_()
+        # Who is quiet is judged against a row's wrong words, so that a confident row keeps its digits.
+        row_weights = torch.stack((wrong, wrong + (self._z_y - anchor).exp_())).reciprocal_()
+        q_wrong, q = row_weights @ p
+        loud = self._is_label[start : start + v] | (q_wrong > self._eps * n)
+        words = loud.nonzero().squeeze(1)
+        if words.numel() > MOST_LOUD * v:
+            return p, weight
+        places = torch.cat([words, words.new_zeros(1)])  # one more, for the mean of the others
+        p_loud = p.index_select(1, places)
+        d = (p.sum(1) - p_loud[:, :-1].sum(1)).clamp_min_(0)
+        if not (row_weights[0] * d).max() <= MOST_QUIET:  # nor where it is NaN
+            return p, weight
+        q.masked_fill_(loud, 0)
+        some = q.sum().clamp_min_(torch.finfo(q.dtype).tiny)
+        w_loud = weight.index_select(0, places)
+        w_loud[-1] = (matmul(q.unsqueeze(0).to(weight.dtype), weight, q.dtype) / some).squeeze(0)
+        p_loud[:, -1] = d
+        if self._mass.shape[0]:
+            self._weights[start : start + v] = q.masked_fill_(loud, -1)
+            self._mass[number] = d
+        return p_loud, w_loud
+
+    def quiet(self, share: Tensor) -> Quiet:
+        """Return what was left out; share (n,) makes exp(z - anchor) a probability."""
+        return Quiet(self._weights.unsqueeze(0), self._mass.mul_(share))
+
+
+def joined(quiet: list[Quiet]) -> Quiet | None:
+    """Return the parts of a pass as one; None of none."""
+    if not quiet:
+        return None
+    return Quiet(torch.cat([q.weights for q in quiet]), torch.cat([q.mass for q in quiet], 1))
+
+
+class QuietGradient:
+    """The gradient of the quiet words' part of the head: of each part one vector, in shares.
+
+    Args:
+        quiet: of the pass.
+        parts: its blocks of rows.
+        g: (N,) factor of each row.
+        states: (n, D) of each part.
+    """
+
+    def __init__(
+        self, quiet: Quiet, parts: list[slice], g: Tensor, states: Iterable[Tensor]
+    ) -> None:
+        self._quiet = quiet
+        scaled = [quiet.mass[:, part] * g[part] for part in parts]
+        self._weight = torch.stack([m @ h for m, h in zip(scaled, states)])  # (parts, blocks, D)
+        self._bias = torch.stack([m.sum(1) for m in scaled])  # (parts, blocks)
+
+    def block(
+        self, number: int, start: int, end: int
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Return d_weight (v, D), d_bias (v,), and the loud words of each part; None if all are."""
+        q = self._quiet.weights[:, start:end]
+        some = q.clamp_min(0).sum(1, keepdim=True).clamp_min_(torch.finfo(q.dtype).tiny)
+        shares = -(q.clamp_min(0) / some).t()
+        is_loud = q < 0
+        loud = [None if row.all() else row.nonzero().squeeze(1) for row in is_loud]
+        return shares @ self._weight[:, number], shares @ self._bias[:, number], loud
