@@ -25,6 +25,7 @@ def _bind_checkout_kernels() -> None:
 
 _bind_checkout_kernels()
 
+from dilkern.filter_report import FilterReport, filter_report  # noqa: E402
 from dilkern.functional import DILLoss, fused_dil_loss, fused_preference_loss  # noqa: E402
 from dilkern.lm_head import DenseHead, Head, LMHead  # noqa: E402
 from dilkern.logps import linear_logps  # noqa: E402
@@ -44,12 +45,14 @@ __all__ = [
     "DILLoss",
     "DILLossOutput",
     "DenseHead",
+    "FilterReport",
     "Head",
     "LMHead",
     "Loss",
     "LossOptions",
     "Objective",
     "PreferenceLossOutput",
+    "filter_report",
     "fused_dil_loss",
     "fused_preference_loss",
     "linear_logps",

@@ -40,6 +40,7 @@ def fused_preference_loss(
     ignore_index: int = -100,
     backend: str = "auto",
     workspace_mib: float = 256,
+    filter_eps: float | str | None = None,
     **options: Unpack[LossKeywords],
 ) -> PreferenceLossOutput:
     """Compute any loss of the registry from hidden states and head, never holding the logits.
@@ -48,7 +49,8 @@ def fused_preference_loss(
     `loss_from_token_logps`; the docstrings of `linear_logps` and `preference_loss` hold here.
 
     Args:
-        hidden_states, lm_head, labels, ignore_index, backend, workspace_mib: see `linear_logps`.
+        hidden_states, lm_head, labels, ignore_index, backend, workspace_mib, filter_eps: see
+            `linear_logps`.
         loss, params, is_chosen, weights, counts, kl_log_ratios: see `preference_loss`.
         ref_logps: (S,) summed log-probs of the reference, or token log-probs in the shape of
             `labels`, entry t belonging to label t.
@@ -113,7 +115,7 @@ def fused_preference_loss(
             )  # fmt: skip
     token_logps = linear_logps(
         hidden_states, lm_head, labels, shift=shift, ignore_index=ignore_index, backend=backend,
-        workspace_mib=workspace_mib,
+        workspace_mib=workspace_mib, filter_eps=filter_eps,
     )  # fmt: skip
     return loss_from_token_logps(
         objective, token_logps, labels != ignore_index, ref_logps=ref_logps,
@@ -141,6 +143,7 @@ def fused_dil_loss(
     ignore_index: int = -100,
     backend: str = "auto",
     workspace_mib: float = 256,
+    filter_eps: float | str | None = None,
     **options: Unpack[LossKeywords],
 ) -> DILLossOutput:
     r"""Compute the DIL loss from hidden states and head, never holding the logits.
@@ -165,7 +168,7 @@ def fused_dil_loss(
             (S,) tensor for unpaired data, each side averaged by its own count.
         cu_seqlens: (S+1,) cumulative lengths of a packed (T,) batch.
         weights, counts: see `preference_loss`.
-        shift, ignore_index, backend, workspace_mib: see `linear_logps`.
+        shift, ignore_index, backend, workspace_mib, filter_eps: see `linear_logps`.
         **options: beta (1 is the paper), length_normalize (True as in the authors' code, False as in
             the paper's text), max_log_ratio, ...: the fields of `dilkern.options.LossOptions`.
 
@@ -199,7 +202,7 @@ def fused_dil_loss(
         ref_logps=ref_logps, ref_hidden_states=ref_hidden_states, ref_lm_head=ref_lm_head,
         reference_free=reference_free, is_chosen=is_chosen, cu_seqlens=cu_seqlens, weights=weights,
         counts=counts, shift=shift, ignore_index=ignore_index, backend=backend,
-        workspace_mib=workspace_mib,
+        workspace_mib=workspace_mib, filter_eps=filter_eps,
     )  # fmt: skip
 
 
@@ -208,7 +211,7 @@ class DILLoss(nn.Module):
 
     Args:
         h, params, **options: what `fused_dil_loss` makes an objective of; checked here.
-        reference_free, shift, ignore_index, backend, workspace_mib: as there.
+        reference_free, shift, ignore_index, backend, workspace_mib, filter_eps: as there.
 
     Raises:
         ValueError, TypeError: an option that h does not have, or out of its range.
@@ -234,6 +237,7 @@ class DILLoss(nn.Module):
         ignore_index: int = -100,
         backend: str = "auto",
         workspace_mib: float = 256,
+        filter_eps: float | str | None = None,
         **options: Unpack[LossKeywords],
     ) -> None:
         super().__init__()
@@ -244,6 +248,7 @@ class DILLoss(nn.Module):
             "ignore_index": ignore_index,
             "backend": backend,
             "workspace_mib": workspace_mib,
+            "filter_eps": filter_eps,
         }
 
     def forward(

@@ -7,7 +7,7 @@ S sequences, L positions, T = S * L tokens (flat), N of them scored, D hidden si
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -226,7 +226,7 @@ def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
 _linear_logps.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _compute_dtype(hidden_states: Tensor, head: Head) -> torch.dtype:
+def compute_dtype(hidden_states: Tensor, head: Head) -> torch.dtype:
     """The autocast dtype where autocast is on, else the common dtype of states and head."""
     device_type = hidden_states.device.type
     if torch.is_autocast_enabled(device_type) and hidden_states.dtype is not torch.float64:
@@ -273,7 +273,7 @@ def linear_logps(
     ignore_index: int = -100,
     backend: str = "auto",
     workspace_mib: float = 256,
-    filter_eps: float | Literal["auto"] | None = None,
+    filter_eps: float | str | None = None,
 ) -> Tensor:
     r"""Compute the log-probability of each label without holding the logits.
 
@@ -356,13 +356,13 @@ def _score(
     ignore_index: int,
     backend: str,
     workspace_mib: float,
-    filter_eps: float | Literal["auto"] | None,
+    filter_eps: float | str | None,
 ) -> Tensor:
     head.check(hidden_states)
     for tensor in head.tensors():
         if tensor.device.type != "cpu":
             check_same_device("lm_head", tensor, "hidden_states", hidden_states)
-    hidden = head.project(hidden_states.to(_compute_dtype(hidden_states, head)))
+    hidden = head.project(hidden_states.to(compute_dtype(hidden_states, head)))
     # torch drops tangents at a custom op without a word.
     if any(unpack_dual(tensor).tangent is not None for tensor in (hidden, *head.tensors())):
         raise RuntimeError("dilkern.linear_logps has no forward-mode derivative: use backward.")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from budget import Budget
 
-from dilkern.backends import base
+from dilkern import logps
+from dilkern.backends import base, word_filter
 
 torch.set_num_threads(1)  # pytest -n takes the other cores
 if interpreter.INTERPRET:
@@ -18,6 +19,9 @@ if interpreter.INTERPRET:
 def pytest_addoption(parser):
     parser.addoption(
         "--backend", default="auto", help='what backend="auto" means, where it takes the dtype'
+    )
+    parser.addoption(
+        "--filter-eps", type=float, help="what filter_eps=None means; every block is filtered then"
     )
 
 
@@ -38,6 +42,16 @@ def backend_under_test(request, monkeypatch):
         return resolve(named, device, dtype)
 
     monkeypatch.setattr(base, "resolve", choose)
+
+
+@pytest.fixture(autouse=True)
+def filter_under_test(request, monkeypatch):
+    """The same tests with the word filter at work: --filter-eps 1e-30 leaves out next to nothing."""
+    wanted = request.config.getoption("--filter-eps")
+    if wanted is not None:
+        asked = word_filter.threshold
+        monkeypatch.setattr(logps, "threshold", lambda eps, dtype: asked(eps or wanted, dtype))
+        monkeypatch.setattr(word_filter, "MOST_LOUD", 1.0)
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ def why_not(device: torch.device, dtype: torch.dtype | None = None) -> str | Non
     return None
 
 
-def _plan(
+def plan(
     num_tokens: int,
     head: HeadView,
     hidden: Tensor,
@@ -45,6 +45,7 @@ def _plan(
     *,
     head_gradient: bool = False,
 ) -> Blocks:
+    """Choose how rows and words are cut: see `plan_blocks`."""
     # CPU: 1024 x 4096 fp32 logits (16 MiB) stay near the cache; larger blocks gained nothing
     # (docs/dev/log.md). GPU: long products, bounded by the workspace alone.
     cap = (1024, 4096) if hidden.device.type == "cpu" else (4096, 1 << 30)
@@ -170,7 +171,7 @@ def forward(
     """One pass over the vocabulary: log-probs and, if asked, the unscaled gradient u (4)-(6)."""
     acc = accumulation_dtype(hidden.dtype)
     n_tokens, width = rows.numel(), hidden.shape[1]
-    blocks = _plan(n_tokens, head, hidden, workspace_bytes)
+    blocks = plan(n_tokens, head, hidden, workspace_bytes)
     need_p, filtered = need_u or need_quiet, filter_eps > 0 and (need_u or need_quiet)
     likely = expected_words(hidden, rows, labels, head, blocks) if filtered else labels[:0]
     w_likely = head.gather(likely, hidden.dtype)
@@ -255,7 +256,7 @@ def head_backward(
     """
     acc = accumulation_dtype(hidden.dtype)
     n_tokens, dtype = rows.numel(), hidden.dtype
-    blocks = _plan(n_tokens, head, hidden, workspace_bytes, head_gradient=quiet is None)
+    blocks = plan(n_tokens, head, hidden, workspace_bytes, head_gradient=quiet is None)
     parts = blocks.parts(n_tokens)
     gradients, columns = head.new_gradients(needed), head.gradient_columns(needed)
     width, bias = hidden[:0, columns].shape[1], head.bias()

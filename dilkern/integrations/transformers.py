@@ -44,6 +44,7 @@ class _Installed(NamedTuple):
     head: LMHead
     backend: str
     workspace_mib: float
+    filter_eps: float | str | None
 
 
 def keep_trainable(model: Any) -> None:
@@ -91,6 +92,7 @@ def _score(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DILOutp
         ignore_index=IGNORE_INDEX,
         backend=installed.backend,
         workspace_mib=installed.workspace_mib,
+        filter_eps=installed.filter_eps,
     )
     aux_loss = None
     if kwargs.get("output_router_logits"):
@@ -98,7 +100,13 @@ def _score(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DILOutp
     return DILOutput(token_logps=token_logps, aux_loss=aux_loss)
 
 
-def install_head(model: Any, *, backend: str = "auto", workspace_mib: float = 256) -> None:
+def install_head(
+    model: Any,
+    *,
+    backend: str = "auto",
+    workspace_mib: float = 256,
+    filter_eps: float | str | None = None,
+) -> None:
     """Teach a causal LM the keyword `dil_head=True`; any other call of it is unchanged.
 
     `model(input_ids, attention_mask=..., labels=labels, dil_head=True)` returns a `DILOutput` whose
@@ -107,7 +115,7 @@ def install_head(model: Any, *, backend: str = "auto", workspace_mib: float = 25
 
     Args:
         model: a causal LM of transformers, or a PEFT, DDP or compiled wrapper of one.
-        backend, workspace_mib: see `linear_logps`.
+        backend, workspace_mib, filter_eps: see `linear_logps`.
 
     Raises:
         ValueError: the head of the model is not known (see `LMHead.from_model`).
@@ -116,9 +124,9 @@ def install_head(model: Any, *, backend: str = "auto", workspace_mib: float = 25
     installed = getattr(model, "_dil_head", None)
     # Pickle stores a bound method by its name: of our forward it gives back the class's own.
     if installed is not None and model._dil_forward.__func__ is not type(model).forward:
-        model._dil_head = installed._replace(backend=backend, workspace_mib=workspace_mib)
+        model._dil_head = _Installed(installed.head, backend, workspace_mib, filter_eps)
         return
-    model._dil_head = _Installed(LMHead.from_model(model), backend, workspace_mib)
+    model._dil_head = _Installed(LMHead.from_model(model), backend, workspace_mib, filter_eps)
     # What stood on the instance (device hooks of accelerate, other patches). Kept on the instance and
     # not in a closure: deepcopy then binds it to the copy.
     model._dil_previous = model.__dict__.get("forward")

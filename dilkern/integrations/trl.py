@@ -359,7 +359,13 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         self._until_installed.close()
         model = self.accelerator.unwrap_model(model)
         keep_trainable(model)
-        install_head(model, backend=self.args.backend, workspace_mib=self.args.workspace_mib)
+        args = self.args
+        install_head(
+            model,
+            backend=args.backend,
+            workspace_mib=args.workspace_mib,
+            filter_eps=args.filter_eps,
+        )
         if self._packed and id(model) not in self._checked:
             with self.accelerator.autocast():
                 check_packing(model)

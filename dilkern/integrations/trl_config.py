@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.integrations.integration_utils import (
 from trl.trainer.dpo_config import DPOConfig
 
 from dilkern.backends.base import BACKENDS
+from dilkern.backends.word_filter import threshold
 from dilkern.integrations.packing import check_attention
 from dilkern.losses import get_loss
 from dilkern.objective import Objective
@@ -67,6 +69,8 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
         padding_free: run the model on one row of all sequences without padding; results are the same.
         backend: auto, torch or triton; see `linear_logps`.
         workspace_mib: temporary memory of the head; see `linear_logps`.
+        filter_eps: auto, or the mean probability below which a word enters the gradient by its mean;
+            None for exact gradients; see `linear_logps`.
         quantize_lm_head: the lm_head too in 4 bits, for a model loaded in 4 bits; of a tied one a copy.
         learning_rate: None for 1e-4 where an adapter trains and 1e-6 where all weights do.
         bf16: None for what the hardware multiplies in; in software bf16 is slower than fp32.
@@ -92,6 +96,7 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
     logging_nan_inf_filter: bool = False
     backend: str = "auto"
     workspace_mib: float = 256
+    filter_eps: float | str | None = None
     quantize_lm_head: bool = False
 
     def __post_init__(self) -> None:
@@ -132,6 +137,10 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
         check_attention(init.get("attn_implementation"), self.device)
         check_positive("workspace_mib", self.workspace_mib)
         check_choice("backend", self.backend, ("auto", *BACKENDS))
+        if isinstance(self.filter_eps, str):  # as a command line gives numbers
+            with contextlib.suppress(ValueError):
+                self.filter_eps = float(self.filter_eps)
+        threshold(self.filter_eps, torch.float32)
         pairs = f"loss {entry.name!r} scores mismatched pairs, which change with every batch"
         for clash, rule, names in (
             (not entry.reference, f"loss {entry.name!r} has no reference", _OF_REFERENCE),

@@ -82,18 +82,22 @@ def test_words_are_decoded_once_per_pass(dtype):
     assert head.words == 3 * V
 
 
+@pytest.mark.parametrize("filter_eps", [0.0, 1e-4])
 @pytest.mark.parametrize("kind", ["dense", "decoded", "lora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_workspace_is_kept(dtype, kind):
+def test_the_workspace_is_kept(dtype, kind, filter_eps):
     *inputs, head = problem(kind, dtype)
     needed = [True] * len(head.tensors())
     with LiveBytes() as forward:
-        out = backend().forward(*inputs, head, workspace_bytes=WORKSPACE, need_u=True)
-    results = sum(x.nbytes for x in out)
+        out = backend().forward(
+            *inputs, head, workspace_bytes=WORKSPACE, need_u=True,
+            filter_eps=filter_eps, need_quiet=filter_eps > 0,
+        )  # fmt: skip
+    results = sum(x.nbytes for x in (*out[:3], *(out.quiet or ())))
     assert WORKSPACE / 4 < forward.peak <= WORKSPACE + results
     with LiveBytes() as backward:
         gradients = backend().head_backward(
-            *inputs, head, out.logps, out.lse, torch.ones(N), needed=needed,
+            *inputs, head, out.logps, out.lse, torch.ones(N), out.quiet, needed=needed,
             workspace_bytes=WORKSPACE,
         )  # fmt: skip
     results = sum(x.nbytes for x in gradients)

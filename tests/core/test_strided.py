@@ -366,7 +366,7 @@ def backend(request, monkeypatch):
     Blocks of another size have other bits, and a strided weight gets smaller ones: it is copied.
     """
     name = request.config.getoption("--backend")
-    monkeypatch.setattr(base.load("torch"), "_plan", lambda *_, **__: BLOCKS)
+    monkeypatch.setattr(base.load("torch"), "plan", lambda *_, **__: BLOCKS)
     if interpreter.INTERPRET:
         monkeypatch.setattr(base.load("triton"), "_plan", lambda *_, **__: BLOCKS)
     return name

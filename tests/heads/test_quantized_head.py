@@ -143,3 +143,24 @@ def test_a_reloaded_checkpoint_gives_the_same_bits(device):
     assert torch.equal(
         as_head(other).block(0, V, torch.float32), as_head(linear).block(0, V, torch.float32)
     )
+
+
+@pytest.mark.parametrize("kind", ["four_bit", "eight_bit"])
+def test_the_word_filter_sees_the_decoded_weight(kind):
+    linear = four_bit_linear(2048) if kind == "four_bit" else eight_bit_linear(2048)
+    head = as_head(linear)
+    weight = head.block(0, 2048, torch.float64)
+    torch.manual_seed(1)
+    common = 0.4 * torch.randn(D, dtype=torch.float64)
+    hidden = (0.2 * torch.randn(64, D, dtype=torch.float64) + common).requires_grad_()
+    labels = torch.randint(0, 2048, (64,))
+
+    def gradient(lm_head, **options):
+        logps = linear_logps(hidden, lm_head, labels, **options)
+        return torch.autograd.grad(logps.sum(), hidden)[0]
+
+    options = {"filter_eps": 2**-12, "workspace_mib": 4}
+    exact, want, got = gradient(weight), gradient(weight, **options), gradient(head, **options)
+    assert 1e-6 * exact.norm() < (want - exact).norm() < 0.02 * exact.norm()
+    # Its words are not looked through for expected ones: another estimate of the sums to come.
+    assert (got - exact).norm() < 2 * (want - exact).norm()

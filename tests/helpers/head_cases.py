@@ -132,10 +132,10 @@ def four_bit_linear(
     return placed(linear)  # which quantises it
 
 
-def eight_bit_linear(*, bias=False):
+def eight_bit_linear(vocab_size=V, *, bias=False):
     import bitsandbytes as bnb
 
-    linear = bnb.nn.Linear8bitLt(D, V, bias=bias, has_fp16_weights=False)
+    linear = bnb.nn.Linear8bitLt(D, vocab_size, bias=bias, has_fp16_weights=False)
     linear.weight.data.normal_()
     return placed(linear)
 

@@ -32,7 +32,7 @@ def check(head, stored_on, device, dtype):
     hidden = torch.empty(T, there.width, dtype=dtype, device=device)
     rows = labels = torch.empty(T - 2, dtype=torch.int64, device=device)
     result = backend.forward(hidden, rows, labels, there, workspace_bytes=100_000, need_u=True)
-    assert {x.device for x in result} == {device}
+    assert {x.device for x in result[:3]} == {device}
     needed = [i < 2 and head.kind in ("dense", "lora") for i in range(len(tensors))]
     needed[-1] = head.bias() is not None  # it is the last one
     gradients = backend.head_backward(

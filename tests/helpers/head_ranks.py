@@ -160,6 +160,7 @@ def vocab_parallel(rank):
     _vocab_parallel_lora(rank)
     _vocab_parallel_confident(rank)
     _vocab_parallel_edges(rank)
+    _vocab_parallel_filtered(rank)
 
 
 def _vocab_parallel_dense(rank, scale, softcap, shift):
@@ -207,6 +208,24 @@ def _vocab_parallel_confident(rank):
     for a, b in zip(got, want):
         rows = b.reshape(T, -1).norm(dim=1)
         assert ((a - b).reshape(T, -1).norm(dim=1) / rows).median() < 1e-4
+
+
+def _vocab_parallel_filtered(rank):
+    """Each rank filters its own rows by its own probabilities; log-probs keep their bits."""
+    torch.manual_seed(0)
+    weight, common = leaf(V, D, grad=False), 0.4 * leaf(D, grad=False)
+    hidden = (0.2 * leaf(T, D, grad=False) + common).requires_grad_()
+    labels = placed(torch.randint(0, V, (T,)))
+    local = weight[_rows(rank)].clone().requires_grad_()
+    head = VocabParallelHead(DenseHead(local))
+
+    def run(**options):
+        return results(linear_logps(hidden, head, labels, **options), labels, [hidden, local])
+
+    want, got = run(), run(filter_eps=2**-9)
+    assert torch.equal(want[0], got[0])
+    for a, b in zip(want[1:], got[1:]):
+        assert 1e-6 * a.norm() < (a - b).norm() < 0.05 * a.norm()
 
 
 def _vocab_parallel_edges(rank):
