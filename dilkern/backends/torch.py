@@ -210,12 +210,15 @@ def forward(
                 decay = (old - moved).exp_()
                 old.copy_(moved)
                 p = z.sub_(moved.unsqueeze(1)).exp_()
-                total[part].mul_(decay).add_(p.sum(1))
+                row_sums = p.sum(1)
+                total[part].mul_(decay).add_(row_sums)
                 if need_p and slope is not None:
-                    p.mul_(slope)
+                    row_sums = p.mul_(slope).sum(1)
                 operands = p, weight
                 if row_filter is not None:
-                    operands = row_filter.split(p, weight, number, start, moved, total[part], decay)
+                    operands = row_filter.split(
+                        p, row_sums, weight, number, start, moved, total[part], decay
+                    )
                 if need_u:
                     add_matmul(mean_w[part].mul_(decay.unsqueeze(1)), *operands)
                 del z, p, slope, operands

@@ -1,4 +1,4 @@
-"""The word filter: improbable words enter the gradient by their mean (docs/math.md, 9 to 12).
+"""The word filter: improbable words enter the gradient by their mean (docs/math.md, 15 to 19).
 
 For a block of rows and a block of words most words are improbable in every row. These are *quiet*,
 the others *loud*. Loud words are multiplied exactly, quiet ones as one mean word:
@@ -72,7 +72,7 @@ def expected_words(
     head would have to be decoded or fetched once more for it. At most as many as a block has words.
     """
     found, counts = labels.unique(return_counts=True)
-    most = min(head.vocab_size // 64, blocks.vocab // 2)
+    most = min(head.vocab_size // 128, blocks.vocab // 2)
     if found.numel() > most:
         found = found[counts.argsort(descending=True, stable=True)[:most]]
     liked = min(head.vocab_size // 128, blocks.vocab // 2)
@@ -134,6 +134,7 @@ class RowFilter:
     def split(
         self,
         p: Tensor,  # (n, v) exp(z - anchor), 0 for labels, times the slope
+        row_sums: Tensor,  # (n,) of p
         weight: Tensor,  # (v, D)
         number: int,  # of the block
         start: int,
@@ -157,7 +158,7 @@ class RowFilter:
             return p, weight
         places = torch.cat([words, words.new_zeros(1)])  # one more, for the mean of the others
         p_loud = p.index_select(1, places)
-        d = (p.sum(1) - p_loud[:, :-1].sum(1)).clamp_min_(0)
+        d = (row_sums - p_loud[:, :-1].sum(1)).clamp_min_(0)
         if not (row_weights[0] * d).max() <= MOST_QUIET:  # nor where it is NaN
             return p, weight
         q.masked_fill_(loud, 0)
