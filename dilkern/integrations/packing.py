@@ -100,13 +100,14 @@ def check_packing(model: Any, answers: int = 1) -> None:
     try:
         with torch.no_grad():
             want = model(**batch, labels=labels, dil_head=True).token_logps
-            have = model(**row.inputs, dil_head=True).token_logps
-    except (RuntimeError, TypeError, IndexError) as failure:
-        reject(
-            "packed rows (padding_free, shared_prompts) need a model that takes them",
-            f"{name}: {failure}",
-            f"{_REMEDY}.",
-        )
+            try:
+                have = model(**row.inputs, dil_head=True).token_logps
+            except (RuntimeError, TypeError, IndexError) as failure:
+                reject(
+                    "packed rows (padding_free, shared_prompts) need a model that takes them",
+                    f"{name}: {failure}",
+                    f"{_REMEDY}.",
+                )
     finally:
         for module, training in modes:
             module.training = training

@@ -20,6 +20,7 @@ from transformers.utils.generic import ModelOutput
 
 from dilkern.integrations.attention import teach_packed_rows
 from dilkern.integrations.data import IGNORE_INDEX, REFERENCE, model_inputs
+from dilkern.integrations.packing import check_packing
 from dilkern.integrations.rows import PackedRow, pack
 from dilkern.lm_head import LMHead
 from dilkern.lm_head.modules import unwrap
@@ -300,9 +301,10 @@ class PreferenceMixin:
         *args, **kwargs: as `transformers.Trainer`.
         preference: an `Objective`, or keywords of one, e.g. {"loss": "bce", "beta": 0.5}.
         ref_model: a second model, frozen here; None: see `compute_loss`.
+        answers: 2 to run each prompt once for its two answers; see `compute_loss`.
 
     Raises:
-        ValueError: see `install_head`, `compute_loss` and `preference_loss`.
+        ValueError: see `install_head`, `check_packing`, `compute_loss` and `preference_loss`.
 
     Example:
         >>> class MyTrainer(PreferenceMixin, Trainer): ...  # doctest: +SKIP
@@ -321,6 +323,7 @@ class PreferenceMixin:
         *args: Any,
         preference: Mapping[str, Any] | Objective | None = None,
         ref_model: Any = None,
+        answers: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -334,20 +337,26 @@ class PreferenceMixin:
         self.objective = (
             preference if isinstance(preference, Objective) else Objective(**(preference or {}))
         )
-        self.ref_model = ref_model
+        self.ref_model, self.answers = ref_model, answers
         for model in (self.model, ref_model):
             if model is not None:
                 keep_trainable(model)
                 install_head(model)
         if ref_model is not None:
             ref_model.requires_grad_(False).eval().to(self.accelerator.device)
+        if answers is not None:
+            for model in (self.model, ref_model):
+                if model is not None:
+                    check_packing(model, answers)
         self._preference_metrics: dict[str, dict[str, list[float]]] = {"": {}, "eval_": {}}
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the loss of a batch and keep its metrics for the next log."""
-        output = compute_loss(model, inputs, ref_model=self.ref_model, loss=self.objective)
+        output = compute_loss(
+            model, inputs, ref_model=self.ref_model, loss=self.objective, answers=self.answers
+        )
         metrics = preference_metrics(output)
         kept = self._preference_metrics["" if model.training else "eval_"]
         for name, value in zip(metrics, torch.stack(list(metrics.values())).tolist()):

@@ -165,6 +165,12 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
 
     def _check_batches(self, entry: Loss) -> None:
         """Rules on how a batch is put together and cut."""
+        if self.torch_compile and (self.padding_free or self.shared_prompts):
+            reject(
+                "packed rows are cut anew in every batch, which torch.compile would compile anew",
+                "torch_compile=True",
+                "Set torch_compile=False, or padding_free=False and shared_prompts=False.",
+            )
         grouped = self.train_sampling_strategy == "group_by_length"
         meets = f"loss {entry.name!r} depends on which examples meet in a batch"
         if self.train_sampling_strategy == "batch_rebalance":

@@ -55,7 +55,7 @@ def test_dpo_with_images_follows_trl(seeing):
 
 
 def test_padding_free_refuses_what_it_would_not_hand_on(seeing):
-    with pytest.raises(ValueError, match=r"takes text alone.*images"):
+    with pytest.raises(ValueError, match=r"take text alone.*images"):
         seeing(padding_free=True)
     trainer = seeing()
     inputs = batch_of(trainer)

@@ -1,6 +1,8 @@
 """A row with each prompt once gives the padded batch's log-probs and gradients, in fp64."""
 
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import tiny_models as tiny
@@ -466,3 +468,31 @@ def test_anything_beside_ids_and_mask_is_refused():
     batch, labels = batch_of(PAIRS)
     with pytest.raises(ValueError, match="received token_type_ids"):
         pack({**batch, "token_type_ids": batch["input_ids"]}, labels)
+
+
+SMOLLM2 = os.environ.get("DILKERN_SMOLLM2", "")
+HH = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh_harmless_1799.jsonl"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2 or not HH.exists(), reason=f"needs DILKERN_SMOLLM2=FOLDER and {HH}")
+def test_real_weights_on_real_pairs():
+    from peft import LoraConfig, get_peft_model
+
+    from dilkern.integrations.collators import PreferenceCollator
+    from dilkern.integrations.data import read_preferences
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SMOLLM2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32)
+    adapter = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(0)
+    model = get_peft_model(model, adapter)
+    install_head(model)
+    check_packing(model, 2)
+    batch = PreferenceCollator(tokenizer, 160)(list(read_preferences(str(HH)))[:2])
+    labels = batch.pop("labels")
+    want, have = (scores(model, batch, labels, answers) for answers in (None, 2))
+    # Sums of hundreds of terms in fp32, in another order.
+    torch.testing.assert_close(have[0], want[0], rtol=0, atol=2e-4)
+    apart = torch.stack([(have[1][name] - g).norm() for name, g in want[1].items()]).norm()
+    assert apart <= 1e-4 * torch.stack([g.norm() for g in want[1].values()]).norm()
