@@ -489,7 +489,7 @@ def test_real_weights_on_real_pairs():
     model = get_peft_model(model, adapter)
     install_head(model)
     check_packing(model, 2)
-    batch = PreferenceCollator(tokenizer, 160)(list(read_preferences(str(HH)))[:2])
+    batch = PreferenceCollator(tokenizer, 256)(list(read_preferences(str(HH)))[:2])
     labels = batch.pop("labels")
     want, have = (scores(model, batch, labels, answers) for answers in (None, 2))
     # Sums of hundreds of terms in fp32, in another order.
