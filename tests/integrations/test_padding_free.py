@@ -22,6 +22,7 @@ PACKED = {
     "unpaired": {"data": tiny.unpaired()},
     "kto": {"loss_type": "kto"},
     "bf16": {"bf16": True},
+    "cut at the start": {"max_length": 30, "truncation_mode": "keep_end"},
 }
 
 
