@@ -374,7 +374,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 "an unpaired dataset (prompt, completion, label)",
                 "Set padding_free=True instead.",
             )
-        if args.train_sampling_strategy == "group_by_length" and (self._unpaired or images):
+        if args.sampling == "group_by_length" and (self._unpaired or images):
             reject(
                 "'group_by_length' takes pairs of text: how many are chosen in an unpaired batch, "
                 "and so its loss, would follow their lengths; those of images are not known",
@@ -533,10 +533,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         )
         self._signature_columns = [*dict.fromkeys([*self._signature_columns, *names])]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        args, data = self.args, self.train_dataset if train_dataset is None else train_dataset
-        if args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
+    def _by_length(self, data: Any, batch_size: int) -> _ByLength:
         if not isinstance(data, Dataset):
             reject(
                 "'group_by_length' must know the lengths of all rows",
@@ -547,10 +544,22 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             max(len(row["chosen_ids"]), len(row["rejected_ids"])) + len(row["prompt_ids"])
             for row in data.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
         ]
-        if args.max_length is not None:
-            lengths = [min(length, args.max_length) for length in lengths]
-        seed = args.seed if args.data_seed is None else args.data_seed
-        return _ByLength(args.train_batch_size * args.gradient_accumulation_steps, lengths, seed)
+        if self.args.max_length is not None:
+            lengths = [min(length, self.args.max_length) for length in lengths]
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return _ByLength(batch_size, lengths, seed)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.sampling != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        data = self.train_dataset if train_dataset is None else train_dataset
+        steps = self.args.gradient_accumulation_steps
+        return self._by_length(data, self.args.train_batch_size * steps)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if self.args.sampling != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        return self._by_length(eval_dataset, self.args.eval_batch_size)
 
     def _model_inputs(self, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
         """Return what scoring a whole batch hands to the model: padded, or as one row."""

@@ -163,6 +163,12 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
                     reject(rule, f"{name}=True", "Leave it out, or take another loss.")
         self.objective()  # every other rule of the loss, before anything is loaded
 
+    @property
+    def sampling(self) -> str:
+        """How batches are drawn; transformers 5.0 has one switch for it."""
+        old = "group_by_length" if getattr(self, "group_by_length", False) else "random"
+        return str(getattr(self, "train_sampling_strategy", old))
+
     def _check_batches(self, entry: Loss) -> None:
         """Rules on how a batch is put together and cut."""
         if self.torch_compile and (self.padding_free or self.shared_prompts):
@@ -171,15 +177,15 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
                 "torch_compile=True",
                 "Set torch_compile=False, or padding_free=False and shared_prompts=False.",
             )
-        grouped = self.train_sampling_strategy == "group_by_length"
+        sampling = self.sampling
         meets = f"loss {entry.name!r} depends on which examples meet in a batch"
-        if self.train_sampling_strategy == "batch_rebalance":
+        if sampling == "batch_rebalance":
             reject(
                 "every batch must hold as many pairs: its loss is a mean over them",
                 "train_sampling_strategy='batch_rebalance'",
                 "Use 'group_by_length', or max_tokens_per_batch to bound the tokens of a row.",
             )
-        if grouped and entry.baseline:
+        if sampling == "group_by_length" and entry.baseline:
             reject(
                 meets, "train_sampling_strategy='group_by_length'", "Use 'random', or another loss."
             )

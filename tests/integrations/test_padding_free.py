@@ -133,6 +133,13 @@ def test_batches_by_length_waste_less_and_follow_from_the_seed(quick):
     assert lengths_of(quick(seed=2, **options), 0) != batches
 
 
+def test_evaluation_by_length_covers_every_pair(quick):
+    init = {"eval_dataset": tiny.dataset(8)}
+    want = quick(init=init).evaluate()
+    have = quick(init=init, train_sampling_strategy="group_by_length").evaluate()
+    assert have["eval_logps/chosen"] == pytest.approx(want["eval_logps/chosen"], rel=1e-5)
+
+
 def test_a_run_by_length_resumes_where_it_was(quick, tmp_path):
     options = {"train_sampling_strategy": "group_by_length", "max_steps": 7}
     options |= {"save_strategy": "steps", "save_steps": 5}  # in the middle of the second epoch
