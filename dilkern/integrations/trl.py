@@ -571,29 +571,20 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
     def _parts(self, inputs: dict[str, Any], labels: Tensor) -> list[_Part]:
         """Return a batch as it goes through the model: whole, or as rows of bounded length."""
         is_chosen, ref_logps = inputs.get("is_chosen"), None
-        if "ref_chosen_logps" in inputs and not self.args.reference_free:
+        needs = self._objective.loss.reference and not self.args.reference_free
+        if needs and "ref_chosen_logps" in inputs:
             ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         limit = self.args.max_tokens_per_batch
         if limit is None:
             return [_Part(self._model_inputs(inputs, labels), labels, ref_logps, is_chosen)]
         # Two of a pair are not parted, also where they share nothing.
-        rows = pack(
-            inputs,
-            labels,
-            answers=self._answers,
-            max_tokens=limit,
-            together=1 if self._unpaired else 2,
-        )
-
-        def of(row: Any, values: Tensor | None) -> Tensor | None:
-            if values is None or row.sequences is None:
-                return values
-            return values[row.sequences.to(values.device)]
-
-        return [
-            _Part(row.inputs, of(row, labels), of(row, ref_logps), of(row, is_chosen))  # type: ignore[arg-type]
-            for row in rows
-        ]
+        together = 1 if self._unpaired else 2
+        parts = []
+        for row in pack(inputs, labels, answers=self._answers, max_tokens=limit, together=together):
+            own = slice(None) if row.sequences is None else row.sequences.to(labels.device)
+            mine = [None if given is None else given[own] for given in (ref_logps, is_chosen)]
+            parts.append(_Part(row.inputs, labels[own], *mine))
+        return parts
 
     def _score(self, model: Any, inputs: dict[str, Any], width: int, **extra: Any) -> DILOutput:
         output: DILOutput = model(**inputs, dil_head=True, **extra)
@@ -652,13 +643,15 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             kl_log_ratios = self._kl_log_ratios(model, inputs)
         parts = self._parts(inputs, labels)
         scored, is_chosen = labels != IGNORE_INDEX, inputs.get("is_chosen")
+        sft_count = None
+        if len(parts) > 1:
+            of_chosen = scored.chunk(2)[0] if is_chosen is None else scored[is_chosen]
+            sft_count = self._objective.sft_count(of_chosen.sum(1))
         loss_of = functools.partial(
             self._loss_of,
             model,
             counts=self._counts(scored, is_chosen, len(parts) > 1),
-            sft_count=self._objective.sft_count(scored.chunk(2)[0].sum(1))
-            if len(parts) > 1 and is_chosen is None
-            else None,
+            sft_count=sft_count,
             kl_log_ratios=kl_log_ratios,
         )
         outputs = []

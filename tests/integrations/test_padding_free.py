@@ -58,7 +58,7 @@ CUT = {
     "likelihood per sequence": {"loss_type": "slic"},
     "precomputed": {"precompute_ref_log_probs": True},
     "accumulated": {"gradient_accumulation_steps": 2, "max_steps": 2},
-    "unpaired": {"data": tiny.unpaired()},
+    "unpaired": {"data": tiny.unpaired(), "sft_weight": 0.1},
     "not shared": {"padding_free": True},
 }
 
