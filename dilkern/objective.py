@@ -221,6 +221,11 @@ class Objective:
         params = {k: self.params[k] for k in entry.transform_params}
         return extended(entry.transform, self.growth[0], self.options.max_log_ratio, f, params)
 
+    def sft_count(self, chosen_lengths: Tensor) -> Tensor:
+        """What the likelihood term is a mean over, of the scored tokens of chosen sequences."""
+        per_token = self.loss.sft_per == "token"
+        return chosen_lengths.sum() if per_token else (chosen_lengths > 0).sum()
+
     def clipped_sequence(self, x: Tensor, chosen: bool) -> Tensor:
         """Where x, or f under a transform, is on the linear extension of a curve in use: bool."""
         e, t, limit = self.options.label_smoothing, self.options.mixture, self.options.max_log_ratio

@@ -261,6 +261,7 @@ def loss_from_token_logps(
     cu_seqlens: Tensor | None = None,  # (S+1,)
     weights: Tensor | None = None,  # (S,)
     counts: Counts | None = None,
+    sft_count: Tensor | float | None = None,
     kl_log_ratios: Tensor | None = None,  # any shape
     backend: str = "auto",
 ) -> PreferenceLossOutput:
@@ -275,6 +276,8 @@ def loss_from_token_logps(
         reference_free: f = log pi_theta on purpose.
         is_chosen, weights, counts, kl_log_ratios: see `preference_loss`.
         cu_seqlens: (S+1,) cumulative lengths of packed sequences.
+        sft_count: the denominator of the likelihood term of `sft_weight`; None: what of this batch
+            it is a mean over, chosen tokens or sequences. With `counts` that of a larger batch.
         backend: "auto", "torch" or "triton": whether the Triton kernel may compute the loss.
 
     Returns:
@@ -315,7 +318,7 @@ def loss_from_token_logps(
         log_ratios = sum_per_sequence(difference, cu_seqlens)
     elif ref_logps is not None:
         log_ratios = logps - ref_logps
-    return _loss_from_sequences(objective, batch, logps, log_ratios, kl_log_ratios)
+    return _loss_from_sequences(objective, batch, logps, log_ratios, kl_log_ratios, sft_count)
 
 
 def _loss_in_one_launch(
@@ -362,6 +365,7 @@ def _loss_from_sequences(
     logps: Tensor,  # (S,)
     log_ratios: Tensor | None,  # (S,)
     kl_log_ratios: Tensor | None,
+    sft_count: Tensor | float | None = None,
 ) -> PreferenceLossOutput:
     o, (count_w, count_l) = objective, batch.counts
     base = logps if log_ratios is None else log_ratios
@@ -388,12 +392,9 @@ def _loss_from_sequences(
         clipped = _clipped_sequences(o, batch, x)
     if o.sft_weight:
         chosen = batch.chosen
-        per = (
-            torch.where(chosen, batch.lengths, 0)
-            if o.loss.sft_per == "token"
-            else batch.there & chosen
-        )
-        total = total - o.sft_weight * mean(logps, chosen, per.sum())
+        if sft_count is None:
+            sft_count = o.sft_count(torch.where(chosen, batch.lengths, 0))
+        total = total - o.sft_weight * mean(logps, chosen, sft_count)
     return _output(o, batch, total, logps, f, losses, clipped)
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dilkern.integrations.collators import PreferenceCollator
 from dilkern.integrations.data import read_preferences
+from dilkern.integrations.packing import check_packing
 from dilkern.integrations.transformers import compute_loss, install_head
 
 
@@ -32,6 +33,7 @@ def main(argv=None):
     config = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     install_head(model)
+    check_packing(model, answers=2)  # can it run each prompt once for its two answers?
     rows = read_preferences(options.data).to_list()
     loader = DataLoader(rows, batch_size=4, shuffle=True, collate_fn=PreferenceCollator(tokenizer))
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
@@ -41,7 +43,8 @@ def main(argv=None):
     while len(losses) < options.max_steps:
         for batch in loader:
             with accelerator.accumulate(model):
-                output = compute_loss(model, batch, loss=options.loss)  # reference: adapter off
+                # Reference: adapter off. Both passes run each prompt once.
+                output = compute_loss(model, batch, loss=options.loss, answers=2)
                 accelerator.backward(output.loss)
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()

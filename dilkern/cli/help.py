@@ -60,7 +60,10 @@ How
   --gradient-accumulation N
                       steps per update
   --max-length N      tokens; default 1024, or what the model has
-  --padding-free      one row without padding per step
+  --shared-prompts    no padding, each prompt once for its two answers
+  --padding-free      no padding, both answers with their prompt
+  --max-tokens-per-batch N
+                      of these two: rows of at most N tokens, the same gradient
   --precision NAME    fp32, bf16 or fp16; default bf16 if the hardware has it
   --cpu               use no GPU
   --logging-steps N, --eval-steps N, --save-steps N

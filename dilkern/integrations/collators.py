@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dilkern.integrations.data import check_eos
-from dilkern.integrations.transformers import IGNORE_INDEX
+from dilkern.integrations.data import IGNORE_INDEX, check_eos
 from dilkern.validation import reject
 
 

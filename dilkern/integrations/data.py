@@ -7,7 +7,7 @@ both) or unpaired (prompt, completion, label), each as text or as lists of messa
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dilkern.validation import is_number, nearest, reject
 PAIRED = ("prompt", "chosen", "rejected")
 UNPAIRED = ("prompt", "completion", "label")
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+IGNORE_INDEX = -100  # the label that is not scored
 _KNOWN = {*PAIRED, *UNPAIRED, *REFERENCE, "tools", "chat_template_kwargs"}
 
 
@@ -263,6 +264,12 @@ def check_differences(equal: int, rows: int, name: str) -> str | None:
         )
     what = "chosen and rejected are the same completion (as cut to max_length) and teach nothing"
     return f"{name}: in {equal} of {rows} rows {what}" if equal else None
+
+
+def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a batch the model's forward takes."""
+    ours = {"labels", "completion_mask", "is_chosen", "ref_logps", *REFERENCE}
+    return {key: value for key, value in inputs.items() if key not in ours}
 
 
 def check_eos(tokenizer: Any) -> None:

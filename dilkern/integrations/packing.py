@@ -1,134 +1,137 @@
-"""Padding-free batches: all sequences of a batch in one row, each seeing only itself.
+"""Whether a model takes packed rows (`rows.py`): asked of the model itself, before training.
 
-S sequences, L positions, T tokens of the batch without its padding.
+S sequences, L positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from dilkern.integrations.transformers import IGNORE_INDEX, DILOutput, model_inputs
+from dilkern.integrations.data import IGNORE_INDEX
+from dilkern.integrations.rows import pack
 from dilkern.lm_head.modules import unwrap
-from dilkern.logps import mask_first_labels
 from dilkern.validation import reject
 
-
-def score_packed(
-    model: Any,
-    inputs: Mapping[str, Any],
-    labels: Tensor,  # (S, L)
-    *,
-    pairs: bool = False,
-    **extra: Any,
-) -> DILOutput:
-    """Score a padded batch (S, L) without its padding: one row of T tokens, positions restarting.
-
-    Beside the positions, from which sdpa, eager and flex attention learn where sequences begin, the
-    row carries its boundaries, which flash attention takes as they are.
-
-    Args:
-        model: a causal LM with `install_head`.
-        inputs: input_ids and attention_mask (S, L).
-        labels: aligned with input_ids, -100 ignored.
-        pairs: the batch is chosen first half, rejected second half. In the row the two of a pair
-            are then neighbours, chosen first, as sharing their prompt will need.
-        **extra: further keywords of the model.
-
-    Returns:
-        DILOutput as of the padded batch, token_logps (S, L). See `check_packing`.
-
-    Raises:
-        ValueError: a batch with anything else for the model, such as images or token types: what
-            positions and masks a model makes of them in a packed row is its own affair.
-    """
-    others = sorted(model_inputs(inputs).keys() - {"input_ids", "attention_mask"})
-    if others:
-        reject(
-            "padding_free takes batches of input_ids and attention_mask alone",
-            ", ".join(others),
-            "Set padding_free=False, or leave them out of the batch.",
-        )
-    real = inputs["attention_mask"].bool()
-    order = torch.arange(len(real), device=real.device)
-    if pairs:
-        order = order.view(2, -1).T.flatten()
-    real, ids, labels = real[order], inputs["input_ids"][order], labels[order]
-    positions = real.long().cumsum(1) - 1
-    ends = real.sum(1).cumsum(0, dtype=torch.int32)
-    bounds = torch.cat([ends.new_zeros(1), ends])
-    output: DILOutput = model(
-        input_ids=ids[real].unsqueeze(0),
-        position_ids=positions[real].unsqueeze(0),
-        labels=mask_first_labels(labels[real], bounds, ignore_index=IGNORE_INDEX).unsqueeze(0),
-        cu_seq_lens_q=bounds,
-        cu_seq_lens_k=bounds,
-        max_length_q=real.shape[1],
-        max_length_k=real.shape[1],
-        dil_head=True,
-        **extra,
-    )
-    flat = output.token_logps[0]
-    token_logps = flat.new_zeros(labels.shape).masked_scatter(real, flat)
-    output.token_logps = token_logps[order.argsort()]
-    return output
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+_REMEDY = "Set padding_free=False and shared_prompts=False"
 
 
-def check_attention(name: str | None, device: torch.device) -> None:
+def check_attention(name: str | None, device: torch.device, packed: bool = False) -> None:
     """Refuse an attention implementation that cannot train here, before a model is loaded for it.
 
     Raises:
-        ValueError: flash_attention_2 without its package or on a CPU; flex_attention on a CPU.
+        ValueError: flash_attention_2 without its package or on a CPU; flex_attention on a CPU, or
+            for packed rows.
     """
     if name == "flash_attention_2" and (device.type == "cpu" or not is_flash_attn_2_available()):
         reject(
             "attn_implementation='flash_attention_2' needs a GPU and the package flash-attn",
             "a CPU" if device.type == "cpu" else "flash-attn is not installed, or has no GPU",
             "On a machine with a GPU: pip install 'dilkern[flash]'. Anywhere: "
-            "attn_implementation='sdpa', with which padding_free works too.",
+            "attn_implementation='sdpa', with which padding_free and shared_prompts work too.",
+        )
+    if name == "flex_attention" and packed:
+        reject(
+            "padding_free and shared_prompts hand attention a mask of numbers or boundaries",
+            "attn_implementation='flex_attention', which takes neither",
+            "Use attn_implementation='sdpa', 'eager' or 'flash_attention_2'.",
         )
     if name == "flex_attention" and device.type == "cpu":
         reject(
             "attn_implementation='flex_attention' needs a GPU",
             "a CPU, where torch has no backward of it",
-            "Use attn_implementation='sdpa', with which padding_free works too.",
+            "Use attn_implementation='sdpa'.",
         )
 
 
-def check_packing(model: Any) -> None:
-    """Verify on two short sequences that none sees the other in a packed row.
+def _probe(model: Any, answers: int) -> tuple[dict[str, Any], torch.Tensor]:
+    """Two prompts and their answers, all of other lengths, as a padded batch and its labels."""
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    shape = (answers, 2, 9)
+    ids = torch.randint(min(vocabulary, 1000), shape, generator=generator)
+    ids[1:, 0, :4], ids[1:, 1, :2] = ids[0, 0, :4], ids[0, 1, :2]
+    labels = ids.clone()
+    labels[:, 0, :4], labels[:, 1, :2] = IGNORE_INDEX, IGNORE_INDEX
+    lengths = 9 - torch.arange(2 * answers) % 4
+    mask = (torch.arange(9) < lengths.unsqueeze(1)).long()
+    labels = labels.view(-1, 9).masked_fill(mask == 0, IGNORE_INDEX)
+    device = next(model.parameters()).device
+    batch = {"input_ids": ids.view(-1, 9).to(device), "attention_mask": mask.to(device)}
+    return batch, labels.to(device)
+
+
+def check_packing(model: Any, answers: int = 1) -> None:
+    """Verify on a few tokens that the model scores a packed row as it scores the padded batch.
+
+    Args:
+        model: a causal LM with `install_head`, or a PEFT wrapper of one, where it will compute.
+        answers: as in `pack`: 1 for padding-free rows, more for shared prompts.
 
     Raises:
-        ValueError: the model or its attention implementation ignores restarting positions.
+        ValueError: layers that are no attention or one with a pattern of its own, an attention
+            implementation that passes packed rows by, a sliding window that attention is not told,
+            virtual tokens of an adapter, or log-probs that differ.
     """
     adapters = getattr(model, "peft_config", {}).values()
-    if any(getattr(config, "is_prompt_learning", False) for config in adapters):
+    config = unwrap(model).config.get_text_config()
+    name, attention = type(unwrap(model)).__name__, config._attn_implementation
+    types = set(getattr(config, "layer_types", None) or ())
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters):
         reject(
-            "padding_free needs a model without virtual tokens",
+            "packed rows (padding_free, shared_prompts) need a model without virtual tokens",
             "a prompt-learning adapter",
-            "Use LoRA, or set padding_free=False.",
+            f"Use LoRA, or: {_REMEDY}.",
         )
-    device = next(model.parameters()).device
-    ids = torch.arange(10, device=device).reshape(2, 5) % 7
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if types - _KNOWN_LAYERS:
+        reject(
+            "packed rows (padding_free, shared_prompts) need layers of full or sliding attention",
+            f"{name} with {', '.join(sorted(types - _KNOWN_LAYERS))}",
+            f"{_REMEDY}.",
+        )
+    check_attention(attention, next(model.parameters()).device, packed=True)
+    batch, labels = _probe(unwrap(model), answers)
+    (row,) = pack(batch, labels, answers=answers)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()  # no dropout
     try:
         with torch.no_grad():
-            want = model(**batch, labels=ids, dil_head=True).token_logps
-            have = score_packed(model, batch, ids).token_logps
+            want = model(**batch, labels=labels, dil_head=True).token_logps
+            try:
+                have = model(**row.inputs, dil_head=True).token_logps
+            except (RuntimeError, TypeError, IndexError) as failure:
+                reject(
+                    "packed rows (padding_free, shared_prompts) need a model that takes them",
+                    f"{name}: {failure}",
+                    f"{_REMEDY}.",
+                )
     finally:
         for module, training in modes:
             module.training = training
+    windows = row.segments.windows
+    window = getattr(config, "sliding_window", None)
+    if not windows:
+        reject(
+            "packed rows (padding_free, shared_prompts) need a model that calls the attention "
+            "function of its attn_implementation",
+            f"{name}, which does not call that of {attention!r}",
+            f"{_REMEDY}, or load it with attn_implementation='sdpa'.",
+        )
+    if window and (not types or "sliding_attention" in types) and window not in windows:
+        reject(
+            "packed rows (padding_free, shared_prompts) need attention that is told its window",
+            f"{name} with sliding_window={window}, which its attention function does not get",
+            f"{_REMEDY}.",
+        )
     error, size = (have - want).abs().max().item(), want.abs().max().item()
-    narrow = torch.is_autocast_enabled(device.type) or next(model.parameters()).itemsize < 4
+    narrow = torch.is_autocast_enabled(want.device.type) or next(model.parameters()).itemsize < 4
     if not error <= (3e-2 if narrow else 1e-4) * size:
         reject(
-            "padding_free needs a model whose attention keeps packed sequences apart",
-            f"{type(unwrap(model)).__name__}, log-probs off by {error:.3g} of {size:.3g}",
-            "Set padding_free=False, or load it with attn_implementation='sdpa'.",
+            "packed rows (padding_free, shared_prompts) need a model whose attention keeps "
+            "sequences apart",
+            f"{name}, log-probs off by {error:.3g} of {size:.3g}",
+            f"{_REMEDY}, or load it with attn_implementation='sdpa'.",
         )

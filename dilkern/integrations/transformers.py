@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
-from dilkern.integrations.data import REFERENCE
+from dilkern.integrations.attention import teach_packed_rows
+from dilkern.integrations.data import IGNORE_INDEX, REFERENCE, model_inputs
+from dilkern.integrations.packing import check_packing
+from dilkern.integrations.rows import PackedRow, pack
 from dilkern.lm_head import LMHead
 from dilkern.lm_head.modules import unwrap
 from dilkern.logps import linear_logps, mask_first_labels
@@ -28,8 +31,6 @@ from dilkern.options import LossKeywords, Unpack
 from dilkern.output import PreferenceLossOutput, preference_metrics
 from dilkern.preference import Counts, loss_from_token_logps
 from dilkern.validation import name_of, reject
-
-IGNORE_INDEX = -100
 
 
 @dataclass
@@ -73,6 +74,10 @@ def _score(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DILOutp
     """Run the backbone, then `linear_logps` on its last hidden layer."""
     installed: _Installed = model._dil_head
     labels = kwargs.pop("labels", None)
+    row: PackedRow | None = kwargs.get("packed_row")
+    if row is not None:
+        labels = row.targets
+        teach_packed_rows(model)
     if labels is None:
         reject("dil_head=True needs `labels`", "none", "Pass labels aligned with input_ids.")
     kwargs["use_cache"] = False
@@ -84,19 +89,25 @@ def _score(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DILOutp
     device = next(model.get_output_embeddings().parameters()).device
     if device.type != "cpu":  # a model spread over GPUs; an offloaded head is streamed instead
         hidden_states = hidden_states.to(device)
+    if row is not None:
+        hidden_states = row.scored_states(hidden_states)
     token_logps = linear_logps(
         hidden_states,
         installed.head,
         labels.to(hidden_states.device),
-        shift=True,
+        shift=row is None,
         ignore_index=IGNORE_INDEX,
         backend=installed.backend,
         workspace_mib=installed.workspace_mib,
         filter_eps=installed.filter_eps,
     )
+    if row is not None:
+        token_logps = row.per_sequence(token_logps)
     aux_loss = None
     if kwargs.get("output_router_logits"):
-        aux_loss = _aux_loss(config, outputs.router_logits, kwargs.get("attention_mask"))
+        # A token counts as often as the padded batch has it.
+        mask = kwargs.get("attention_mask") if row is None else row.times
+        aux_loss = _aux_loss(config, outputs.router_logits, mask)
     return DILOutput(token_logps=token_logps, aux_loss=aux_loss)
 
 
@@ -188,12 +199,6 @@ def labels_of(inputs: Mapping[str, Tensor]) -> Tensor:
     return labels
 
 
-def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a batch the model's forward takes."""
-    ours = {"labels", "completion_mask", "is_chosen", "ref_logps", *REFERENCE}
-    return {key: value for key, value in inputs.items() if key not in ours}
-
-
 def compute_loss(
     model: Any,
     inputs: Mapping[str, Any],
@@ -204,6 +209,7 @@ def compute_loss(
     weights: Tensor | None = None,  # (S,)
     counts: Counts | None = None,
     kl_log_ratios: Tensor | None = None,
+    answers: int | None = None,
     **options: Unpack[LossKeywords],
 ) -> PreferenceLossOutput:
     """Compute a preference loss of one batch, for any training loop.
@@ -218,6 +224,9 @@ def compute_loss(
             a PEFT model the model with its adapter disabled, in the mode that it is in: dropout of
             the base model, if it has any, acts on both.
         loss, params, weights, counts, kl_log_ratios, **options: see `preference_loss`.
+        answers: run the models on one row without padding in which each prompt is once, with so
+            many answers: 2 for pairs, 1 to share nothing (see `dilkern.integrations.rows.pack`,
+            and `check_packing` for whether the model can); None: on the padded batch.
 
     Returns:
         PreferenceLossOutput.
@@ -225,10 +234,15 @@ def compute_loss(
     Raises:
         ValueError: no reference for a loss that needs one, one that would go unused, no head.
     """
-    labels, kwargs = labels_of(inputs), model_inputs(inputs)
+    labels = labels_of(inputs)
+    if answers is None:
+        kwargs = {**model_inputs(inputs), "labels": labels}
+    else:
+        (row,) = pack(inputs, labels, answers=answers)
+        kwargs = row.inputs
 
     def score(scorer: Any) -> Tensor:
-        output = scorer(**kwargs, labels=labels, dil_head=True)
+        output = scorer(**kwargs, dil_head=True)
         # A model without our head takes dil_head=True for an option of its attention.
         token_logps: Tensor | None = getattr(output, "token_logps", None)
         if token_logps is None:
@@ -287,9 +301,10 @@ class PreferenceMixin:
         *args, **kwargs: as `transformers.Trainer`.
         preference: an `Objective`, or keywords of one, e.g. {"loss": "bce", "beta": 0.5}.
         ref_model: a second model, frozen here; None: see `compute_loss`.
+        answers: 2 to run each prompt once for its two answers; see `compute_loss`.
 
     Raises:
-        ValueError: see `install_head`, `compute_loss` and `preference_loss`.
+        ValueError: see `install_head`, `check_packing`, `compute_loss` and `preference_loss`.
 
     Example:
         >>> class MyTrainer(PreferenceMixin, Trainer): ...  # doctest: +SKIP
@@ -308,6 +323,7 @@ class PreferenceMixin:
         *args: Any,
         preference: Mapping[str, Any] | Objective | None = None,
         ref_model: Any = None,
+        answers: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -321,20 +337,26 @@ class PreferenceMixin:
         self.objective = (
             preference if isinstance(preference, Objective) else Objective(**(preference or {}))
         )
-        self.ref_model = ref_model
+        self.ref_model, self.answers = ref_model, answers
         for model in (self.model, ref_model):
             if model is not None:
                 keep_trainable(model)
                 install_head(model)
         if ref_model is not None:
             ref_model.requires_grad_(False).eval().to(self.accelerator.device)
+        if answers is not None:
+            for model in (self.model, ref_model):
+                if model is not None:
+                    check_packing(model, answers)
         self._preference_metrics: dict[str, dict[str, list[float]]] = {"": {}, "eval_": {}}
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the loss of a batch and keep its metrics for the next log."""
-        output = compute_loss(model, inputs, ref_model=self.ref_model, loss=self.objective)
+        output = compute_loss(
+            model, inputs, ref_model=self.ref_model, loss=self.objective, answers=self.answers
+        )
         metrics = preference_metrics(output)
         kept = self._preference_metrics["" if model.training else "eval_"]
         for name, value in zip(metrics, torch.stack(list(metrics.values())).tolist()):

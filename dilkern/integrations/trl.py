@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import DataCollatorForVisionUnpairedPreference
@@ -33,7 +35,12 @@ from dilkern.integrations.collators import (
     kept,
     mismatched,
 )
-from dilkern.integrations.data import check_completions, check_differences
+from dilkern.integrations.data import (
+    IGNORE_INDEX,
+    check_completions,
+    check_differences,
+    model_inputs,
+)
 from dilkern.integrations.heads import (
     adapter_alone,
     check_adapter,
@@ -41,21 +48,20 @@ from dilkern.integrations.heads import (
     is_tied,
     quantize_lm_head,
 )
-from dilkern.integrations.packing import check_packing, score_packed
+from dilkern.integrations.packing import check_packing
+from dilkern.integrations.rows import pack
 from dilkern.integrations.transformers import (
-    IGNORE_INDEX,
     DILOutput,
     install_head,
     keep_trainable,
     labels_of,
-    model_inputs,
 )
 from dilkern.integrations.trl_config import DILConfig
 from dilkern.lm_head import as_head, weights_come_later
 from dilkern.lm_head.modules import unwrap
 from dilkern.losses import Loss
 from dilkern.output import PreferenceLossOutput, preference_metrics
-from dilkern.preference import loss_from_token_logps
+from dilkern.preference import Counts, loss_from_token_logps
 from dilkern.validation import reject
 
 __all__ = ["DILConfig", "DILTrainer"]
@@ -116,6 +122,20 @@ def _say(line: str | None, args: Any) -> None:
         logger.warning(line)
 
 
+def _joined(outputs: list[PreferenceLossOutput]) -> PreferenceLossOutput:
+    """Put the outputs of a batch's parts together; their losses are shares of its loss."""
+    if len(outputs) == 1:
+        return outputs[0]
+    columns: dict[str, Any] = {
+        name: torch.cat([getattr(output, name) for output in outputs])
+        for name in outputs[0]._fields
+        if name.startswith(("chosen_", "rejected_"))
+    }
+    clipped = torch.cat([columns["chosen_clipped"], columns["rejected_clipped"]])
+    loss = torch.stack([output.loss for output in outputs]).sum()
+    return outputs[0]._replace(**columns, loss=loss, clip_fraction=clipped.to(loss.dtype).mean())
+
+
 def _evals(kwargs: dict[str, Any]) -> list[Any]:
     """Return the evaluation datasets of the trainer's keywords: none, one, or those of a dict."""
     datasets = kwargs.get("eval_dataset")
@@ -124,12 +144,41 @@ def _evals(kwargs: dict[str, Any]) -> list[Any]:
     return list(datasets.values()) if isinstance(datasets, dict) else [datasets]
 
 
+class _ByLength(LengthGroupedSampler):  # type: ignore[misc]
+    """transformers' batches of similar lengths, of which each epoch's follow from a seed alone.
+
+    Theirs are drawn from the generator of the process: on all ranks alike, and after a resume as
+    before, only by luck.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next; accelerate's loaders do."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return iter(super().__iter__())
+
+
+class _Part(NamedTuple):
+    """Sequences of a batch that go through the model together."""
+
+    inputs: dict[str, Any]  # of the model's forward
+    labels: Tensor  # (S', L)
+    ref_logps: Tensor | None  # (S',), where the batch brings them
+    is_chosen: Tensor | None  # (S',)
+
+
 class DILTrainer(DPOTrainer):  # type: ignore[misc]
     """TRL's `DPOTrainer` with the losses of dilkern and its memory.
 
     As in `DPOTrainer`: full, LoRA and QLoRA training, evaluation, resume, precomputed reference
-    log-probs; beyond it: adapters on the lm_head and padding_free. Options of `DPOConfig` that have
-    no meaning here are refused; docs/trainers.md lists what was run. Unpaired
+    log-probs; beyond it: adapters on the lm_head, padding_free and shared_prompts. Options of
+    `DPOConfig` that have no meaning here are refused; docs/trainers.md lists what was run. Unpaired
     datasets (columns prompt, completion, label) work with pointwise losses: chosen and rejected are
     each averaged over their own count of the batch of all ranks; a batch without one kind has that
     term 0.
@@ -193,7 +242,8 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         self._needs_reference = entry.reference and not args.reference_free and not brings_reference
         self._check(entry, args, ref_model, brings_reference, kwargs)
         init: Any = args.model_init_kwargs
-        self._packed = args.padding_free
+        # Answers that share a row's prompt; 0 for the padded batch.
+        self._answers = 2 if args.shared_prompts else int(args.padding_free)
         config = AutoConfig.from_pretrained(model, **_source(args)) if named else model.config
         self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         loads_here = named and (adds_adapter or args.quantize_lm_head)
@@ -209,16 +259,21 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         self._until_installed = contextlib.ExitStack()
         if at_hand:
             self._until_installed.enter_context(_head_without_adapter(model))
-        args.padding_free = False  # the parent warns that it cannot; we can
+        padding_free, args.padding_free = (
+            args.padding_free,
+            False,
+        )  # the parent warns that it cannot; we can
         if loads_here:
             args.model_init_kwargs = None  # used up; the parent would warn that it ignores them
         try:
             super().__init__(model, ref_model=ref_model, args=args, **kwargs)
         finally:
-            args.padding_free, args.model_init_kwargs = self._packed, init
+            args.padding_free, args.model_init_kwargs = padding_free, init
             self._until_installed.close()
         if not self._needs_reference:
             self.ref_model = None
+        if args.max_tokens_per_batch is not None:
+            self._check_cutting()
         if self._unpaired and kwargs.get("data_collator") is None:
             self.data_collator = UnpairedCollator(self.data_collator)
             if self._is_vision_dataset:
@@ -307,11 +362,24 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 "quantize_lm_head=True and modules_to_save=['lm_head']",
                 "Drop one of them; an untied lm_head may go into target_modules.",
             )
-        if args.padding_free and images:
+        if (args.padding_free or args.shared_prompts) and images:
             reject(
-                "padding_free takes text alone",
+                "padding_free and shared_prompts take text alone",
                 "a train_dataset with images",
-                "Set padding_free=False.",
+                "Set padding_free=False and shared_prompts=False.",
+            )
+        if args.shared_prompts and self._unpaired:
+            reject(
+                "shared_prompts needs pairs, whose two answers have one prompt",
+                "an unpaired dataset (prompt, completion, label)",
+                "Set padding_free=True instead.",
+            )
+        if args.sampling == "group_by_length" and (self._unpaired or images):
+            reject(
+                "'group_by_length' takes pairs of text: how many are chosen in an unpaired batch, "
+                "and so its loss, would follow their lengths; those of images are not known",
+                "an unpaired dataset" if self._unpaired else "a train_dataset with images",
+                "Use train_sampling_strategy='random'.",
             )
         for dataset in _evals(kwargs):
             if brings_reference != ("ref_chosen_logps" in next(iter(dataset))):
@@ -334,6 +402,28 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                         f"{name}={getattr(args, name)}",
                         "Raise it; gradient_accumulation_steps may go down for it.",
                     )
+
+    def _check_cutting(self) -> None:
+        """Rules on `max_tokens_per_batch` that the parent's setup decides."""
+        for clash, rule, what in (
+            (
+                self.is_deepspeed_enabled or self.is_fsdp_enabled,
+                "max_tokens_per_batch gives each rank as many forwards as its pairs need",
+                "DeepSpeed or FSDP, whose ranks go through the layers together",
+            ),
+            (
+                getattr(self, "aux_loss_enabled", False),
+                "max_tokens_per_batch needs a loss that is a sum over pairs",
+                "the load-balancing loss of a MoE model, which depends on which tokens meet",
+            ),
+        ):
+            if clash:
+                reject(
+                    rule,
+                    what,
+                    "Leave it out; per_device_train_batch_size may go down and "
+                    "gradient_accumulation_steps up for it.",
+                )
 
     @property
     def tokens_trained(self) -> int:
@@ -366,9 +456,9 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             workspace_mib=args.workspace_mib,
             filter_eps=args.filter_eps,
         )
-        if self._packed and id(model) not in self._checked:
+        if self._answers and id(model) not in self._checked:
             with self.accelerator.autocast():
-                check_packing(model)
+                check_packing(model, self._answers)
             self._checked.add(id(model))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
@@ -443,15 +533,66 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         )
         self._signature_columns = [*dict.fromkeys([*self._signature_columns, *names])]
 
-    def _score(self, model: Any, inputs: dict[str, Any], labels: Tensor, **extra: Any) -> DILOutput:
-        if self._packed:
-            return score_packed(model, inputs, labels, pairs=not self._unpaired, **extra)
-        output: DILOutput = model(**model_inputs(inputs), labels=labels, dil_head=True, **extra)
+    def _by_length(self, data: Any, batch_size: int) -> _ByLength:
+        if not isinstance(data, Dataset):
+            reject(
+                "'group_by_length' must know the lengths of all rows",
+                type(data).__name__,
+                "Pass a Dataset, or use train_sampling_strategy='random'.",
+            )
+        lengths = [
+            max(len(row["chosen_ids"]), len(row["rejected_ids"])) + len(row["prompt_ids"])
+            for row in data.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+        ]
+        if self.args.max_length is not None:
+            lengths = [min(length, self.args.max_length) for length in lengths]
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return _ByLength(batch_size, lengths, seed)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.sampling != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        data = self.train_dataset if train_dataset is None else train_dataset
+        steps = self.args.gradient_accumulation_steps
+        return self._by_length(data, self.args.train_batch_size * steps)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if self.args.sampling != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        return self._by_length(eval_dataset, self.args.eval_batch_size)
+
+    def _model_inputs(self, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+        """Return what scoring a whole batch hands to the model: padded, or as one row."""
+        if not self._answers:
+            return {**model_inputs(inputs), "labels": labels}
+        (row,) = pack(inputs, labels, answers=self._answers)
+        return row.inputs
+
+    def _parts(self, inputs: dict[str, Any], labels: Tensor) -> list[_Part]:
+        """Return a batch as it goes through the model: whole, or as rows of bounded length."""
+        is_chosen, ref_logps = inputs.get("is_chosen"), None
+        needs = self._objective.loss.reference and not self.args.reference_free
+        if needs and "ref_chosen_logps" in inputs:
+            ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        limit = self.args.max_tokens_per_batch
+        if limit is None:
+            return [_Part(self._model_inputs(inputs, labels), labels, ref_logps, is_chosen)]
+        # Two of a pair are not parted, also where they share nothing.
+        together = 1 if self._unpaired else 2
+        parts = []
+        for row in pack(inputs, labels, answers=self._answers, max_tokens=limit, together=together):
+            own = slice(None) if row.sequences is None else row.sequences.to(labels.device)
+            mine = [None if given is None else given[own] for given in (ref_logps, is_chosen)]
+            parts.append(_Part(row.inputs, labels[own], *mine))
+        return parts
+
+    def _score(self, model: Any, inputs: dict[str, Any], width: int, **extra: Any) -> DILOutput:
+        output: DILOutput = model(**inputs, dil_head=True, **extra)
         # Prompt tuning puts virtual tokens in front.
-        output.token_logps = output.token_logps[:, -labels.shape[1] :]
+        output.token_logps = output.token_logps[:, -width:]
         return output
 
-    def _ref_token_logps(self, inputs: dict[str, Any], labels: Tensor, model: Any = None) -> Tensor:
+    def _ref_token_logps(self, inputs: dict[str, Any], width: int, model: Any = None) -> Tensor:
         """Score a batch under the reference: a second model, the "ref" adapter, or no adapter."""
         model = model or self.ref_model or self.model
         adapter: Any = contextlib.nullcontext()
@@ -465,11 +606,16 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             adapter,
             self.accelerator.autocast(),
         ):
-            return self._score(model, inputs, labels).token_logps
+            return self._score(model, inputs, width).token_logps
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         """Return the reference's summed log-probs (P,) of chosen and of rejected completions."""
-        return self._ref_token_logps(inputs, labels_of(inputs), model).sum(1).chunk(2)
+        labels = labels_of(inputs)
+        sums = [
+            self._ref_token_logps(part.inputs, labels.shape[1], model).sum(1).chunk(2)
+            for part in self._parts(inputs, labels)
+        ]
+        return tuple(torch.cat(side) for side in zip(*sums))
 
     def _kl_log_ratios(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Score mismatched pairs under policy and reference, for KTO's baseline; all ranks' values."""
@@ -477,10 +623,11 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             inputs, self._tokenizer.pad_token_id, self.args.max_length, self.args.truncation_mode
         )
         labels = labels_of(rotated)
+        kwargs, width = self._model_inputs(rotated, labels), labels.shape[1]
         with torch.no_grad():
-            logps = self._score(model, rotated, labels).token_logps
+            logps = self._score(model, kwargs, width).token_logps
             if not self.args.reference_free:
-                logps = logps - self._ref_token_logps(rotated, labels)
+                logps = logps - self._ref_token_logps(kwargs, width)
             mean = logps.sum(1).mean()
             if len(labels) == (1 if self._unpaired else 2):
                 # What is left of an epoch: one example has nothing to be mismatched with.
@@ -491,38 +638,39 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         mode = "train" if self.model.training else "eval"
         labels = labels_of(inputs)
-        ref_logps = None
-        if self._needs_reference and "ref_chosen_logps" not in inputs:
-            # Before the policy, whose activations then do not lie beside it.
-            ref_logps = self._ref_token_logps(inputs, labels)
-        elif self._objective.loss.reference and not self.args.reference_free:
-            ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         kl_log_ratios = None
         if self._objective.loss.baseline:
             kl_log_ratios = self._kl_log_ratios(model, inputs)
-        aux = getattr(self, "aux_loss_enabled", False)
-        outputs = self._score(
-            model, inputs, labels, **({"output_router_logits": True} if aux else {})
-        )
+        parts = self._parts(inputs, labels)
         scored, is_chosen = labels != IGNORE_INDEX, inputs.get("is_chosen")
-        output = loss_from_token_logps(
-            self._objective,
-            outputs.token_logps,
-            scored,
-            ref_logps=ref_logps,
-            reference_free=self._objective.loss.reference and self.args.reference_free,
-            is_chosen=is_chosen,
-            counts=None if is_chosen is None else self._counts(scored, is_chosen),
+        sft_count = None
+        if len(parts) > 1:
+            of_chosen = scored.chunk(2)[0] if is_chosen is None else scored[is_chosen]
+            sft_count = self._objective.sft_count(of_chosen.sum(1))
+        loss_of = functools.partial(
+            self._loss_of,
+            model,
+            counts=self._counts(scored, is_chosen, len(parts) > 1),
+            sft_count=sft_count,
             kl_log_ratios=kl_log_ratios,
-            backend=self.args.backend,
         )
+        outputs = []
+        for part in parts[:-1]:
+            with self.accelerator.no_sync(model):
+                output, _ = loss_of(part)
+                if output.loss.requires_grad:
+                    scale = self.current_gradient_accumulation_steps
+                    self.accelerator.backward(output.loss / scale)
+                outputs.append(output._replace(loss=output.loss.detach()))
+        output, aux_loss = loss_of(parts[-1])
+        output = _joined([*outputs, output])
         loss = output.loss
         metrics = self._gathered_metrics(output)
         if kl_log_ratios is not None:
             metrics["kl"] = kl_log_ratios.mean().clamp(min=0).item()
-        if aux and outputs.aux_loss is not None:
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
-            metrics["aux_loss"] = self.accelerator.gather(outputs.aux_loss.detach()).mean().item()
+        if aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * aux_loss
+            metrics["aux_loss"] = self.accelerator.gather(aux_loss.detach()).mean().item()
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         if mode == "train":
@@ -534,9 +682,44 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 return loss, model(**model_inputs(inputs))
         return loss
 
-    def _counts(self, scored: Tensor, is_chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Completions of either kind on all ranks: gradients are averaged, hence the count per rank."""
+    def _loss_of(
+        self, model: Any, part: _Part, **options: Any
+    ) -> tuple[PreferenceLossOutput, Tensor | None]:
+        """Return the share of some sequences in the loss of their batch, and the auxiliary loss."""
+        entry, width, ref_logps = self._objective.loss, part.labels.shape[1], part.ref_logps
+        if self._needs_reference and ref_logps is None:
+            # Before the policy, whose activations then do not lie beside it.
+            ref_logps = self._ref_token_logps(part.inputs, width)
+        aux = getattr(self, "aux_loss_enabled", False)
+        scores = self._score(
+            model, part.inputs, width, **({"output_router_logits": True} if aux else {})
+        )
+        output = loss_from_token_logps(
+            self._objective,
+            scores.token_logps,
+            part.labels != IGNORE_INDEX,
+            ref_logps=ref_logps,
+            reference_free=entry.reference and self.args.reference_free,
+            is_chosen=part.is_chosen,
+            backend=self.args.backend,
+            **options,
+        )
+        return output, scores.aux_loss if aux else None
+
+    def _counts(self, scored: Tensor, is_chosen: Tensor | None, cut: bool) -> Counts | None:
+        """Return the denominators of the loss, where its own batch does not give them.
+
+        Unpaired: completions of either kind on all ranks; gradients are averaged, hence the count
+        per rank. Pairs: those of the batch that is cut.
+        """
         there = scored.any(1)
+        if is_chosen is None:
+            chosen, rejected = there.chunk(2)
+            if not cut:
+                return None
+            if self._objective.pairwise:
+                chosen = chosen & rejected
+            return chosen.sum(), rejected.sum()
         counts = torch.stack([(there & is_chosen).sum(), (there & ~is_chosen).sum()]).float()
         chosen, rejected = self.accelerator.reduce(counts, "mean")
         return chosen, rejected

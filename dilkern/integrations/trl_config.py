@@ -16,7 +16,7 @@ from trl.trainer.dpo_config import DPOConfig
 from dilkern.backends.base import BACKENDS
 from dilkern.backends.word_filter import threshold
 from dilkern.integrations.packing import check_attention
-from dilkern.losses import get_loss
+from dilkern.losses import Loss, get_loss
 from dilkern.objective import Objective
 from dilkern.options import OPTION_NAMES, LossOptions, described
 from dilkern.validation import check_choice, check_positive, reject
@@ -67,6 +67,13 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
         beta, length_normalize, ..., strict: the fields of `dilkern.options.LossOptions`.
         reference_free: f = log pi_theta on purpose, no reference model is loaded or run.
         padding_free: run the model on one row of all sequences without padding; results are the same.
+        shared_prompts: padding_free, and of the two answers of a pair the prompt, or what of it both
+            begin with, goes through the model once (docs/shared_prompts.md); results are the same.
+        max_tokens_per_batch: of padding_free or shared_prompts: cut a batch into rows of at most so
+            many tokens, each with its own forward and backward, for the gradient of the whole
+            batch; pairs stay whole, and one that is larger goes alone. None for one row.
+        train_sampling_strategy: as in `TrainingArguments`, and "group_by_length" knows pairs: batches
+            of similar lengths, drawn anew from the seed in every epoch.
         backend: auto, torch or triton; see `linear_logps`.
         workspace_mib: temporary memory of the head; see `linear_logps`.
         filter_eps: auto, or the mean probability below which a word enters the gradient by its mean;
@@ -92,6 +99,8 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
     loss_type: str = "lsif"  # type: ignore[assignment]
     loss_params: dict[str, Any] | str | None = None
     reference_free: bool = False
+    shared_prompts: bool = False
+    max_tokens_per_batch: int | None = None
     learning_rate: float | None = None  # type: ignore[assignment]
     logging_nan_inf_filter: bool = False
     backend: str = "auto"
@@ -134,7 +143,9 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
                 reject(f"DILTrainer has no `{name}`", repr(value), remedy)
         _check_report_to(self.report_to)
         init: Any = self.model_init_kwargs or {}
-        check_attention(init.get("attn_implementation"), self.device)
+        packed = self.padding_free or self.shared_prompts
+        check_attention(init.get("attn_implementation"), self.device, packed)
+        self._check_batches(entry)
         check_positive("workspace_mib", self.workspace_mib)
         check_choice("backend", self.backend, ("auto", *BACKENDS))
         if isinstance(self.filter_eps, str):  # as a command line gives numbers
@@ -151,6 +162,50 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
                 if clash and getattr(self, name):
                     reject(rule, f"{name}=True", "Leave it out, or take another loss.")
         self.objective()  # every other rule of the loss, before anything is loaded
+
+    @property
+    def sampling(self) -> str:
+        """How batches are drawn; transformers 5.0 has one switch for it."""
+        old = "group_by_length" if getattr(self, "group_by_length", False) else "random"
+        return str(getattr(self, "train_sampling_strategy", old))
+
+    def _check_batches(self, entry: Loss) -> None:
+        """Rules on how a batch is put together and cut."""
+        if self.torch_compile and (self.padding_free or self.shared_prompts):
+            reject(
+                "packed rows are cut anew in every batch, which torch.compile would compile anew",
+                "torch_compile=True",
+                "Set torch_compile=False, or padding_free=False and shared_prompts=False.",
+            )
+        sampling = self.sampling
+        meets = f"loss {entry.name!r} depends on which examples meet in a batch"
+        if sampling == "batch_rebalance":
+            reject(
+                "every batch must hold as many pairs: its loss is a mean over them",
+                "train_sampling_strategy='batch_rebalance'",
+                "Use 'group_by_length', or max_tokens_per_batch to bound the tokens of a row.",
+            )
+        if sampling == "group_by_length" and entry.baseline:
+            reject(
+                meets, "train_sampling_strategy='group_by_length'", "Use 'random', or another loss."
+            )
+        if self.max_tokens_per_batch is None:
+            return
+        check_positive("max_tokens_per_batch", self.max_tokens_per_batch, 4096)
+        if not (self.padding_free or self.shared_prompts):
+            reject(
+                "max_tokens_per_batch counts the tokens of packed rows",
+                "neither padding_free nor shared_prompts",
+                "Set shared_prompts=True, or lower per_device_train_batch_size.",
+            )
+        if entry.baseline:
+            reject(meets, "max_tokens_per_batch", "Leave it out, or take another loss.")
+        if "lomo" in self.optim or "layerwise" in self.optim:
+            reject(
+                "max_tokens_per_batch adds gradients up over several backward passes",
+                f"optim={str(self.optim)!r}, which steps in each",
+                "Take another optimizer, or leave it out.",
+            )
 
     def objective(self) -> Objective:
         """Return the loss that this configuration asks for, with its options."""

@@ -1,7 +1,7 @@
 """DILTrainer on a CUDA GPU: packed batches under every attention, 16-bit training, a 4-bit model.
 
-TRITON_INTERPRET=1 runs it on the CPU, all but what has no CPU form (gpu_only): flash attention, flex
-attention in training, fp16 with a gradient scaler.
+TRITON_INTERPRET=1 runs it on the CPU, all but what has no CPU form (gpu_only): flash attention, fp16
+with a gradient scaler.
 """
 
 import pytest
@@ -51,17 +51,17 @@ def train(tmp_path):
     [
         "sdpa",
         pytest.param("flash_attention_2", marks=gpu_only),
-        pytest.param("flex_attention", marks=gpu_only),
     ],
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_padding_free_equals_padded(train, attn, checkpointing):
+def test_packed_rows_equal_padded(train, attn, checkpointing):
     if attn == "flash_attention_2":
         pytest.importorskip("flash_attn")
     padded = train()
-    packed = train(attn, padding_free=True, gradient_checkpointing=checkpointing)
-    assert packed[0] == -0.5
-    runs.same_steps(packed, padded, 2e-2)  # bf16 attention
+    for way in ("padding_free", "shared_prompts"):
+        packed = train(attn, gradient_checkpointing=checkpointing, **{way: True})
+        assert packed[0] == -0.5
+        runs.same_steps(packed, padded, 2e-2)  # bf16 attention
 
 
 @gpu_only

@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from dilkern.integrations.trl import DILConfig, DILTrainer
 
-KINDS = ("full", "lora", "unpaired")
+KINDS = ("full", "lora", "unpaired", "shared")
 
 
 def run(kind, folder, out, batch):
@@ -30,6 +30,9 @@ def run(kind, folder, out, batch):
         disable_tqdm=True,
         dataloader_pin_memory=False,
         gradient_checkpointing=kind == "lora",
+        shared_prompts=kind == "shared",
+        # Some batches of a rank are cut, and some are not.
+        max_tokens_per_batch=120 if kind == "shared" else None,
     )
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = DILTrainer(

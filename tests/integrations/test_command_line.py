@@ -250,6 +250,8 @@ VARIANTS = {
     "precomputed": {"precompute-ref-log-probs": True},
     "bf16": {"precision": "bf16"},
     "packed": {"padding-free": True, "attn-implementation": "eager"},
+    "shared": {"shared-prompts": True, "max-tokens-per-batch": 150},
+    "by length": {"train-sampling-strategy": "group_by_length"},
     "bf16 full": {"precision": "bf16", "lora-r": 0},
     "bpo": {"loss": "bce", "pairing": "pairwise", "label-smoothing": 0.1},
     "paper": {"max-log-ratio": "none", "no-length-normalize": True, "backend": "torch"},

@@ -89,7 +89,7 @@ class PreferenceTrainer(PreferenceMixin, Trainer):
     pass
 
 
-def plain(tmp_path, preference=None, ref_model=None, **options):
+def plain(tmp_path, preference=None, ref_model=None, answers=None, **options):
     settings = {
         "use_cpu": True, "report_to": "none", "learning_rate": 1e-3, "max_steps": 3,
         "per_device_train_batch_size": 8, "logging_steps": 1, "save_strategy": "no",
@@ -103,6 +103,7 @@ def plain(tmp_path, preference=None, ref_model=None, **options):
         data_collator=PreferenceCollator(tiny.tokenizer()),
         preference=preference,
         ref_model=ref_model,
+        answers=answers,
     )
 
 
@@ -123,6 +124,8 @@ def test_mixin_equals_diltrainer_and_accumulates(tmp_path):
         gradient_accumulation_steps=2,
     )
     assert run(parts) == pytest.approx(whole, abs=1e-5)
+    shared = plain(tmp_path, {"loss": "dpo"}, tiny.build(), answers=2)
+    assert run(shared) == pytest.approx(whole, abs=1e-5)
     args = DILConfig(
         str(tmp_path / "dil"), loss_type="dpo", use_cpu=True, bf16=False, report_to="none",
         learning_rate=1e-3, max_steps=3, per_device_train_batch_size=8, logging_steps=1,

@@ -1,13 +1,14 @@
-"""One row without padding trains as the padded batch does, under every attention implementation."""
+"""One row without padding, prompts once or twice, trains as the padded batch does."""
+
+import math
 
 import pytest
 import tiny_models as tiny
 import torch
+from datasets import Dataset
 from training_runs import column, lora, losses, same_steps
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from dilkern.integrations import packing
-from dilkern.integrations.transformers import labels_of, model_inputs
 from dilkern.integrations.trl import DILConfig
 
 PACKED = {
@@ -21,6 +22,7 @@ PACKED = {
     "unpaired": {"data": tiny.unpaired()},
     "kto": {"loss_type": "kto"},
     "bf16": {"bf16": True},
+    "cut at the start": {"max_length": 30, "truncation_mode": "keep_end"},
 }
 
 
@@ -32,101 +34,149 @@ def test_padding_free_equals_padded(quick, tmp_path, options):
     options["max_steps"] = 3
     data = options.pop("data", None)
     padded = quick(path, data, **options)
-    packed = quick(path, data, padding_free=True, **options)
-    same_steps(losses(packed), losses(padded), 2e-2 if "bf16" in options else 1e-5)
+    want = losses(padded)
     tolerance = 1e-1 if "bf16" in options else 2e-3  # summed log-probs of about 100 nats
-    same_steps(column(packed, "logps/chosen"), column(padded, "logps/chosen"), tolerance)
-    assert column(packed, "num_tokens") == column(padded, "num_tokens")
+    for way in ("padding_free",) if data else ("padding_free", "shared_prompts"):
+        packed = quick(path, data, **{way: True}, **options)
+        same_steps(losses(packed), want, 2e-2 if "bf16" in options else 1e-5)
+        same_steps(column(packed, "logps/chosen"), column(padded, "logps/chosen"), tolerance)
+        assert column(packed, "num_tokens") == column(padded, "num_tokens")
 
 
-def varlen_attention(
-    module, query, key, value, attention_mask, scaling, *, cu_seq_lens_q=None, cu_seq_lens_k=None,
-    max_length_q=None, max_length_k=None, **kwargs,
-):  # fmt: skip
-    """What flash attention does with the boundaries of a packed row, in torch; it sees no mask.
-
-    Without boundaries every row is one sequence (padding on the right is then never looked at).
-    """
-    assert attention_mask is None
-    if cu_seq_lens_q is None:
-        size = query.shape[2]
-        bounds = torch.tensor([0, size])
-    else:
-        assert torch.equal(cu_seq_lens_q, cu_seq_lens_k)
-        assert cu_seq_lens_q.dtype == torch.int32
-        bounds, size = cu_seq_lens_q, max_length_q
-        assert max_length_k == size >= bounds.diff().max()
-        assert bounds[-1] == query.shape[2]
-        SEEN.append((bounds.diff().tolist(), kwargs["position_ids"][0].tolist()))
-    parts = []
-    for start, end in bounds.unfold(0, 2, 1).tolist():
-        q, k, v = (states[:, :, start:end] for states in (query, key, value))
-        parts.append(
-            torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scaling, enable_gqa=True
-            )
-        )
-    return torch.cat(parts, 2).transpose(1, 2), None
+@pytest.mark.parametrize("loss", ["lsif", "dpo", "simpo"])
+def test_20_steps_of_shared_prompts_equal_padded(quick, loss):
+    init = {"init": {"peft_config": lora()}} if loss == "dpo" else {}
+    options = {"loss_type": loss, "max_steps": 20, "gradient_checkpointing": loss == "lsif", **init}
+    want = losses(quick(**options))
+    same_steps(losses(quick(shared_prompts=True, **options)), want, 1e-5)
 
 
-SEEN = []
+CUT = {
+    "lsif": {"loss_type": "lsif"},
+    "dpo": {"loss_type": "dpo", "init": {"peft_config": lora()}},
+    "likelihood per token": {"loss_type": "cpo"},
+    "likelihood per sequence": {"loss_type": "slic"},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "accumulated": {"gradient_accumulation_steps": 2, "max_steps": 2},
+    "unpaired": {"data": tiny.unpaired(), "sft_weight": 0.1},
+    "not shared": {"padding_free": True},
+}
 
 
-@pytest.fixture
-def varlen():
-    """The name of `varlen_attention` in transformers' registries."""
-    AttentionInterface.register("varlen_torch", varlen_attention)
-    AttentionMaskInterface.register("varlen_torch", lambda *args, **kwargs: None)
-    SEEN.clear()
-    return "varlen_torch"
-
-
-@pytest.mark.parametrize("options", [{}, {"family": "qwen3"}, {"checkpointing": True}], ids=str)
-def test_boundaries_alone_keep_sequences_apart(quick, varlen, tmp_path, options):
-    path = tiny.save(tmp_path / "model", options.get("family", "llama"))
-    settings = {"max_steps": 3, "gradient_checkpointing": "checkpointing" in options}
-    padded = losses(quick(path, **settings))
-    packed = quick(
-        path, padding_free=True, model_init_kwargs={"attn_implementation": varlen}, **settings
+@pytest.mark.parametrize("options", CUT.values(), ids=CUT)
+def test_rows_within_a_budget_train_as_the_whole_batch(quick, options, monkeypatch):
+    options = {
+        "max_steps": 4,
+        "max_grad_norm": 0.05,
+        "optim": "sgd",
+        "learning_rate": 0.5,
+        **options,
+    }
+    data = options.pop("data", None)
+    way = {"padding_free": True} if data or "padding_free" in options else {"shared_prompts": True}
+    options.pop("padding_free", None)
+    passes = []
+    whole = quick(data=data, **options)
+    want = losses(whole)
+    cut = quick(data=data, max_tokens_per_batch=100, **way, **options)
+    backward = cut.accelerator.backward
+    monkeypatch.setattr(
+        cut.accelerator, "backward", lambda *a, **k: (passes.append(1), backward(*a, **k))
     )
-    same_steps(losses(packed), padded, 1e-5)
-    assert SEEN
+    same_steps(losses(cut), want, 1e-5)
+    assert len(passes) > cut.state.max_steps * cut.args.gradient_accumulation_steps
+    for name, tolerance in (
+        ("grad_norm", 1e-4),
+        ("logps/rejected", 2e-3),
+        ("rewards/margins", 1e-4),
+    ):
+        same_steps(column(cut, name), column(whole, name), tolerance)
+    assert column(cut, "num_tokens") == column(whole, "num_tokens")
+    moved = [(a - b).abs().max() for a, b in zip(whole.model.parameters(), cut.model.parameters())]
+    assert max(moved) < 1e-4
 
 
-def test_chosen_and_rejected_of_a_pair_are_neighbours(quick, varlen):
-    init = {"attn_implementation": varlen}
-    trainer = quick(padding_free=True, loss_type="simpo", max_steps=1, model_init_kwargs=init)
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
-    chosen, rejected = batch["attention_mask"].sum(1).view(2, 3).tolist()
-    SEEN.clear()
-    with torch.no_grad():
-        packed = trainer._score(trainer.model, batch, labels_of(batch)).token_logps
-    lengths, positions = SEEN[0]
-    assert lengths == [size for pair in zip(chosen, rejected) for size in pair]
-    assert positions == [i for size in lengths for i in range(size)]
-    with torch.no_grad():
-        plain = trainer.model(**model_inputs(batch), labels=labels_of(batch), dil_head=True)
-    torch.testing.assert_close(packed, plain.token_logps, rtol=0, atol=1e-5)
+def test_a_budget_holds_in_evaluation_too(quick):
+    init = {"eval_dataset": tiny.dataset(6)}
+    whole = quick(init=init).evaluate()
+    cut = quick(init=init, shared_prompts=True, max_tokens_per_batch=100).evaluate()
+    assert math.isfinite(whole["eval_loss"])
+    assert cut.keys() == whole.keys()
+    for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen_avg"):
+        assert cut[name] == pytest.approx(whole[name], abs=1e-5)
+
+
+def lengths_of(trainer, epoch):
+    """Lengths of the longest sequence of each pair, batch by batch."""
+    loader = trainer.get_train_dataloader()
+    loader.set_epoch(epoch)
+    loader.iteration = epoch
+    return [batch["attention_mask"].sum(1).view(2, -1).amax(0).tolist() for batch in loader]
+
+
+def test_batches_by_length_waste_less_and_follow_from_the_seed(quick):
+    rows = tiny.pairs(32)
+    for i, row in enumerate(rows):
+        row["chosen"][0]["content"] *= 1 + i % 5
+    options = {"data": Dataset.from_list(rows), "train_sampling_strategy": "group_by_length"}
+    trainer = quick(seed=1, **options)
+    batches = lengths_of(trainer, 0)
+    spread = sum(max(batch) - min(batch) for batch in batches)
+    mixed = lengths_of(quick(data=options["data"]), 0)
+    assert spread < 0.7 * sum(max(batch) - min(batch) for batch in mixed)
+    torch.rand(7)  # the state of the process decides nothing
+    assert lengths_of(trainer, 0) == batches
+    assert lengths_of(quick(seed=1, **options), 0) == batches
+    later = lengths_of(trainer, 1)
+    assert later != batches
+    assert sorted(n for batch in later for n in batch) == sorted(n for b in batches for n in b)
+    assert lengths_of(quick(seed=2, **options), 0) != batches
+
+
+def test_evaluation_by_length_covers_every_pair(quick):
+    init = {"eval_dataset": tiny.dataset(8)}
+    want = quick(init=init).evaluate()
+    have = quick(init=init, train_sampling_strategy="group_by_length").evaluate()
+    assert have["eval_logps/chosen"] == pytest.approx(want["eval_logps/chosen"], rel=1e-5)
+
+
+def test_a_run_by_length_resumes_where_it_was(quick, tmp_path):
+    options = {"train_sampling_strategy": "group_by_length", "max_steps": 7}
+    options |= {"save_strategy": "steps", "save_steps": 5}  # in the middle of the second epoch
+    want = losses(quick(**options))
+    again = quick(**options)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
+    assert [entry["loss"] for entry in again.state.log_history if "loss" in entry] == want
+
+
+def test_what_cannot_be_shared_cut_or_grouped_is_refused(quick, tmp_path):
+    for options, message in (
+        ({"max_tokens_per_batch": 100}, "counts the tokens of packed rows"),
+        ({"max_tokens_per_batch": 0, "shared_prompts": True}, "max_tokens_per_batch"),
+        ({"max_tokens_per_batch": 9, "shared_prompts": True, "loss_type": "kto"}, "which examples"),
+        ({"max_tokens_per_batch": 9, "padding_free": True, "optim": "lomo"}, "steps in each"),
+        ({"train_sampling_strategy": "group_by_length", "loss_type": "kto"}, "which examples"),
+        ({"shared_prompts": True, "torch_compile": True}, "would compile anew"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "must hold as many pairs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DILConfig(str(tmp_path), use_cpu=True, report_to="none", **options)
+    with pytest.raises(ValueError, match="shared_prompts needs pairs"):
+        quick(data=tiny.unpaired(), shared_prompts=True)
+    with pytest.raises(ValueError, match="would follow their lengths"):
+        quick(data=tiny.unpaired(), train_sampling_strategy="group_by_length")
+    moe = tiny.save(tmp_path / "moe", "qwen3_moe")
+    with pytest.raises(ValueError, match="load-balancing loss"):
+        quick(moe, shared_prompts=True, max_tokens_per_batch=100)
 
 
 def test_attention_that_cannot_train_here_is_refused(tmp_path, monkeypatch):
     for name, message in (("flash_attention_2", "dilkern.flash"), ("flex_attention", "sdpa")):
         with pytest.raises(ValueError, match=message):
             DILConfig(str(tmp_path), use_cpu=True, model_init_kwargs={"attn_implementation": name})
+    init = {"attn_implementation": "flex_attention"}
+    with pytest.raises(ValueError, match="takes neither"):
+        DILConfig(str(tmp_path), use_cpu=True, shared_prompts=True, model_init_kwargs=init)
     monkeypatch.setattr(packing, "is_flash_attn_2_available", lambda: False)
     with pytest.raises(ValueError, match="not installed"):
         packing.check_attention("flash_attention_2", torch.device("cuda"))
-
-
-def test_padding_free_refuses_a_model_that_mixes_sequences(quick, folder):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder)
-
-    class MixingBackbone(type(model.model)):
-        def forward(self, *args, position_ids=None, **kwargs):
-            return super().forward(*args, **kwargs)
-
-    model.model.__class__ = MixingBackbone
-    with pytest.raises(ValueError, match="keeps packed sequences apart"):
-        quick(model, padding_free=True)
