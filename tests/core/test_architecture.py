@@ -28,6 +28,7 @@ LEVELS = {
     "dilkern.logps": 5,
     "dilkern.objective": 5,
     "dilkern.pointwise": 5,
+    "dilkern.filter_report": 6,
     "dilkern.preference": 6,
     "dilkern.functional": 7,
     "dilkern.integrations": 8,
