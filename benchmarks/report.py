@@ -75,7 +75,11 @@ def table(rows: Sequence[Row]) -> str:
                 f"Bare GEMM (2TVD) {first['gemm_ms']:.4g} ms; labels: mean p "
                 f"{first['mean_p_label']:.2f}, mean entropy {first['mean_entropy']:.2f} nats.\n"
             )
-        lines = [_line(row) for row in sorted(measured(mine), key=lambda row: row["total_ms"])]
+        filters = has_filters(mine)
+        lines = [
+            [*_line(row), *(_filter_cells(row) if filters else [])]
+            for row in sorted(measured(mine), key=lambda row: row["total_ms"])
+        ]
         without: dict[str, list[str]] = {}
         for row in mine:
             if row["status"] != "ok":
@@ -85,6 +89,8 @@ def table(rows: Sequence[Row]) -> str:
             "|forward ms|forward + backward ms|p20 .. p80|min|x GEMM|peak above inputs, MiB|"
             "log-prob error rms (max), nats|gradient error rms"
         )
+        if filters:
+            header += "|with g = 1|of the sum over rows|largest row's|loud words"
         parts.append(markdown(header, lines))
     return "\n".join(parts)
 
@@ -106,6 +112,16 @@ def _line(row: Row) -> list[str]:
         error,
         f"{row['grad_err_rms']:.1e}" if "grad_err_rms" in row else "",
     ]
+
+
+def has_filters(rows: Iterable[Row]) -> bool:
+    return any(row.get("filtered") for row in rows)
+
+
+def _filter_cells(row: Row) -> list[str]:
+    """Errors of the gradient under g = 1, and the share of words that a filter multiplies exactly."""
+    errors = [f"{row[f'u_err_{what}']:.1e}" for what in ("rms", "mean", "row")]
+    return [*errors, f"{row['loud']:.1%}" if "loud" in row else ""]
 
 
 def steps_table(rows: Iterable[Row]) -> str:
@@ -341,6 +357,31 @@ def bars(rows: Sequence[Row], mine: Sequence[Row]) -> Figure:
     return figure
 
 
+def trade(mine: Sequence[Row]) -> Figure:
+    """What a filter buys: time over the error of the gradient under g = 1, one point per row."""
+    grey = "#808080"  # on a page of either colour
+    figure, ((axis,),) = _panels(1, 1, 8, 5.5)
+    figure.patch.set_alpha(0)
+    axis.patch.set_alpha(0)
+    colours = {"filter": "#d95f02", "drop": "#7570b3", "dilkern": "#1b9e77"}
+    for row in measured(mine):
+        colour = colours.get(row["peer"].partition("-")[0], grey)
+        x, y = row["u_err_rms"], row["gemm_multiple_min"]
+        axis.plot(x, y, "o" if row.get("filtered") else "s", color=colour)
+        style = {"textcoords": "offset points", "fontsize": 8, "color": colour}
+        axis.annotate(row["peer"], (x, y), (5, 4), **style)
+    axis.axhline(1, color=grey, linestyle="--")
+    axis.set(xscale="log", ylim=(0, None))
+    axis.set_xlabel("relative error of the hidden-state gradient, g = 1", color=grey)
+    axis.set_ylabel("time / bare product, minima", color=grey)
+    axis.set_title(title(mine[0]), color=grey, fontsize=10)
+    axis.tick_params(colors=grey, which="both")
+    axis.grid(alpha=0.3)
+    for spine in axis.spines.values():
+        spine.set_color(grey)
+    return figure
+
+
 Curve = tuple[str, str, str, list[Row]]  # panel, axis, label, rows
 
 
@@ -412,6 +453,8 @@ def pictures(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     for case, mine in groups(rows).items():
         if measured(mine):
             yield f"-{case.replace('/', '_')}", bars(rows, mine)
+            if has_filters(mine) and mine[0]["mode"] != "score":
+                yield f"-{case.replace('/', '_')}-trade", trade(mine)
     for axis in ("tokens", "vocab"):
         if lines := over(rows, axis):
             yield f"-{axis}", curves(rows, lines)
