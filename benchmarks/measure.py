@@ -139,7 +139,7 @@ class Task:
             self.inputs.clear_grads()
         else:
             case = self.inputs.case
-            small = replace(case, tokens=2 * case.sequences, vocab=64)
+            small = replace(case, head="tiny", tokens=2 * case.sequences, vocab=64)
             execute(self.peer, make_inputs(small, self.inputs.device).require_grads())
         return found | {"peak_mib": peak_mib(self.run, self.inputs.device)}
 

