@@ -144,6 +144,44 @@ def steps_table(rows: Iterable[Row]) -> str:
     return markdown(header, lines)
 
 
+def of_pairs(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows of `benchmarks.pairs` by what was trained on what."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        name = "{model}, {data}, {loss}, {pairs} pairs per step, {dtype}".format(**row)
+        found.setdefault(name, []).append(row)
+    return found
+
+
+def best_of_trl(rows: Iterable[Row]) -> Row | None:
+    theirs = [row for row in measured(rows) if row["variant"].startswith("trl")]
+    return max(theirs, key=lambda row: row["pairs_per_s"], default=None)
+
+
+def pairs_table(rows: Iterable[Row]) -> str:
+    """Pairs per second by variant, beside the better of TRL's two."""
+    parts = []
+    for name, mine in of_pairs(rows).items():
+        best, lines = best_of_trl(mine), []
+        for row in mine:
+            if row["status"] != "ok":
+                lines.append([row["variant"], f"{row['status']}: {row['reason']}"])
+                continue
+            columns = ("pairs_per_s", "tokens", "peak_mib")
+            times = [f" ({row[c] / best[c]:.2f} x)" if best else "" for c in columns]
+            seconds = [row[f"round_ms{part}"] / 1000 / row["steps"] for part in ("", "_min")]
+            figures = (f"{row['pairs_per_s']:.3g}", f"{row['tokens']}", f"{row['peak_mib']:.0f}")
+            cells = [row["variant"], *map("{}{}".format, figures, times)]
+            cells.append("{:.3g} ({:.3g})".format(*seconds))
+            lines.append([*cells, f"{row['loss_err']:.1e}"])
+        header = (
+            "|pairs/s (x the better of TRL)|tokens per round|peak above model, MiB|"
+            "s per step, median (min)|largest difference of a loss"
+        )
+        parts.append(f"**{name}**\n\n{markdown(header, lines)}")
+    return "\n".join(parts)
+
+
 class Fit(NamedTuple):
     axis: str
     peer: str
@@ -197,6 +235,8 @@ def text_of(path: Path, rows: Sequence[Row]) -> str:
     """The tables of one result file, whatever it measured."""
     if "method" in rows[0]:
         return steps_table(rows)
+    if "variant" in rows[0]:
+        return f"{source_line(path)}\n\n{pairs_table(rows)}"
     if found := fits(rows):
         header = "axis|peer|exponent of time|exponent of peak memory|x GEMM, smallest .. largest"
         lines = []
@@ -357,29 +397,56 @@ def bars(rows: Sequence[Row], mine: Sequence[Row]) -> Figure:
     return figure
 
 
+GREY = "#808080"  # to be read on a page of either colour
+
+
+def on_any_page(figure: Figure) -> Figure:
+    figure.patch.set_alpha(0)
+    for axis in figure.axes:
+        axis.patch.set_alpha(0)
+        axis.tick_params(colors=GREY, which="both")
+        axis.grid(alpha=0.3)
+        for text in (axis.title, axis.xaxis.label, axis.yaxis.label):
+            text.set_color(GREY)
+        for spine in axis.spines.values():
+            spine.set_color(GREY)
+    return figure
+
+
 def trade(mine: Sequence[Row]) -> Figure:
     """What a filter buys: time over the error of the gradient under g = 1, one point per row."""
-    grey = "#808080"  # on a page of either colour
     figure, ((axis,),) = _panels(1, 1, 8, 5.5)
-    figure.patch.set_alpha(0)
-    axis.patch.set_alpha(0)
     colours = {"filter": "#d95f02", "drop": "#7570b3", "dilkern": "#1b9e77"}
     for row in measured(mine):
-        colour = colours.get(row["peer"].partition("-")[0], grey)
+        colour = colours.get(row["peer"].partition("-")[0], GREY)
         x, y = row["u_err_rms"], row["gemm_multiple_min"]
         axis.plot(x, y, "o" if row.get("filtered") else "s", color=colour)
         style = {"textcoords": "offset points", "fontsize": 8, "color": colour}
         axis.annotate(row["peer"], (x, y), (5, 4), **style)
-    axis.axhline(1, color=grey, linestyle="--")
-    axis.set(xscale="log", ylim=(0, None))
-    axis.set_xlabel("relative error of the hidden-state gradient, g = 1", color=grey)
-    axis.set_ylabel("time / bare product, minima", color=grey)
-    axis.set_title(title(mine[0]), color=grey, fontsize=10)
-    axis.tick_params(colors=grey, which="both")
-    axis.grid(alpha=0.3)
-    for spine in axis.spines.values():
-        spine.set_color(grey)
-    return figure
+    axis.axhline(1, color=GREY, linestyle="--")
+    axis.set(xscale="log", ylim=(0, None), ylabel="time / bare product, minima")
+    axis.set_xlabel("relative error of the hidden-state gradient, g = 1")
+    axis.set_title(title(mine[0]), fontsize=10)
+    return on_any_page(figure)
+
+
+def pairs_picture(rows: Sequence[Row]) -> Figure:
+    """Pairs per second, one panel per model, data, loss and batch."""
+    found = {name: measured(mine)[::-1] for name, mine in of_pairs(rows).items() if measured(mine)}
+    columns = min(2, len(found))
+    lines = -(-len(found) // columns)
+    figure, axes = _panels(lines, columns, 6 * columns, 2.8 * lines)
+    for axis, (name, mine) in zip(axes.flat, found.items()):
+        colours = [GREY if row["variant"].startswith("trl") else "#1b9e77" for row in mine]
+        values = [row["pairs_per_s"] for row in mine]
+        bars = axis.barh([row["variant"] for row in mine], values, color=colours)
+        axis.bar_label(bars, fmt="%.3g", padding=3, color=GREY)
+        axis.margins(x=0.15)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("pairs / s")
+    for axis in axes.flat[len(found) :]:
+        axis.set_axis_off()
+    return on_any_page(figure)
 
 
 Curve = tuple[str, str, str, list[Row]]  # panel, axis, label, rows
@@ -445,6 +512,10 @@ def accuracy(rows: Sequence[Row]) -> Figure:
 def pictures(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     """Every picture of one result file and the end of its name."""
     if "method" in rows[0]:
+        return
+    if "variant" in rows[0]:
+        if measured(rows):
+            yield "", pairs_picture(rows)
         return
     if found := fits(rows):
         label = "{0.peer}: exponents {0.time:.2f}, {0.memory:.2f}"
