@@ -133,7 +133,7 @@ def _powers(first: int, last: int) -> list[int]:
 BY_WIDTH = ("llama-3-8b", "llama-3.2-1b", "qwen3-0.6b")  # D = 4096, 2048, 1024
 FILTER_PEERS = (
     "naive,compile,cce-compile,trl,liger-selective,liger-dpo,"
-    "filter-10,filter-12,filter-14,filter-16,filter-auto"
+    "filter-10,filter-12,filter-14,filter-16,filter-18,filter-20,filter-auto"
 )
 _tiny = partial(case_of, "tiny", 64, sequences=4)
 _half = partial(case_of, "claim", 1024)

@@ -182,7 +182,9 @@ load = partial(torch.load, weights_only=False)
 def _task(path: Path, threads: int, peer_name: str) -> Task | BareGemm:
     """Build a task inside its process (peers are found by name: closures do not pickle)."""
     torch.set_num_threads(threads)
-    inputs = load(path)
+    inputs = load(path, mmap=True)  # one copy for all
+    for tensor in (inputs.hidden, inputs.weight):
+        tensor.sum()  # resident from the start
     return Task(PEERS[peer_name], inputs) if peer_name else BareGemm(inputs)
 
 

@@ -215,13 +215,6 @@ def dilkern(x: Inputs, backend: str, **options: Any) -> Tensor:
     return linear_logps(x.hidden, head, x.labels, **options)
 
 
-def filter_report(x: Inputs, eps: float | str) -> dict[str, float]:
-    import dilkern
-
-    found = dilkern.filter_report(x.hidden.detach(), x.weight.detach(), x.labels, filter_eps=eps)
-    return {"loud": found.loud_share, "quiet_mass": found.quiet_mass, "bound": found.bound}
-
-
 _naive = partial(Peer, package="torch", layers=True)
 _lce = partial(Peer, package="torch", softcap=False)
 _liger = partial(Peer, package="liger-kernel", softcap=False)
@@ -283,10 +276,9 @@ _LIST = (
         _word(
             f"filter-{eps}",
             call=partial(dilkern, backend="auto", filter_eps=value),
-            about=partial(filter_report, eps=value),
             note=f"dilkern, filter_eps {'auto' if eps == 'auto' else f'2^-{eps}'}",
         )
-        for eps, value in {**{n: 2.0**-n for n in (10, 12, 14, 16)}, "auto": "auto"}.items()
+        for eps, value in {**{n: 2.0**-n for n in (10, 12, 14, 16, 18, 20)}, "auto": "auto"}.items()
     ),
     *(
         _drop(

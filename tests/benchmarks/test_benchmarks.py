@@ -487,16 +487,18 @@ def test_a_filtered_gradient_is_told_and_only_a_wrong_one_refused(tmp_path: Path
 
     bad = Peer("half", "torch", half, filtered=True)
     for mode in ("frozen", "trainable"):
-        case = replace(TINY, mode=mode, tokens=1040)  # two blocks of rows
-        rows = measure_here(case, [*select("naive,drop-12,drop-16"), bad])
-        ours, less = rows["drop-12"], rows["drop-16"]
-        assert ours["status"] == less["status"] == rows["naive"]["status"] == "ok", rows
-        assert rows["half"]["status"] == "refused" and "grad_err" in rows["half"]["reason"]
-        assert 0 < ours["loud"] < less["loud"] <= 1
+        case = replace(TINY, mode=mode, tokens=1040, vocab=20000)  # two blocks of rows
+        rows = measure_here(case, [*select("naive,drop-12,drop-16,filter-18"), bad])
+        refused = rows.pop("half")
+        assert {row["status"] for row in rows.values()} == {"ok"}, rows
+        assert refused["status"] == "refused" and "grad_err" in refused["reason"]
+        more, less = rows["drop-12"], rows["drop-16"]
+        assert 0 < more["loud"] < less["loud"] <= 1
         for error in ("u_err_rms", "u_err_mean", "u_err_row"):
-            assert ours[error] > 1e-6 and less[error] < ours[error] < 0.1, error
-        text = report.table(list(rows.values()))
-        assert "loud words" in text and f"{ours['loud']:.1%}" in text
+            assert more[error] > 1e-6 and less[error] < more[error] < 0.1, error
+        assert 1e-6 < rows["filter-18"]["u_err_rms"] < 0.1
+        text = report.table([*rows.values(), refused])
+        assert "loud words" in text and f"{rows['drop-12']['loud']:.1%}" in text
         assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
     append_rows(tmp_path / "f.csv", list(rows.values()))
     assert "f-tiny@1040-float32-trainable-trade.png" in {
