@@ -35,6 +35,7 @@ from benchmarks.cases import SEED
 from benchmarks.environment import append_rows, begin, beside, default_stem, read_rows
 from benchmarks.real_models import HH, SOURCES, model_folder, read_pairs
 from benchmarks.report import draw_file, pairs_table
+from dilkern.validation import reject
 
 BETA = {"dpo": {"beta": 0.1}, "lsif": {}}
 LOSS_BAND = {"float32": 1e-4, "bfloat16": 3e-2}  # of the loss of one step, nats
@@ -216,9 +217,13 @@ def draw_pairs(setup: Setup) -> list[dict[str, Any]]:
             texts = [tokenizer.apply_chat_template(t, tokenize=False) for t in turns]
         if max(len(tokenizer(text).input_ids) for text in texts) < setup.max_length:
             found.append({side: row[side] for side in ("prompt", "chosen", "rejected")})
-        if len(found) == setup.pairs * (setup.steps + 1):
+        if len(found) == (wanted := setup.pairs * (setup.steps + 1)):
             return found
-    raise ValueError(f"{setup.data} has {len(found)} pairs of {setup.max_length} tokens at most")
+    reject(
+        f"'{Path(setup.data).name}' must have {wanted} pairs below {setup.max_length} tokens",
+        f"{len(found)}",
+        "Pass --max-length, or fewer --pairs or --steps.",
+    )
 
 
 def difference(found: dict[str, float], want: dict[str, float]) -> float:
