@@ -353,7 +353,7 @@ def goals_table(verdicts: Sequence[Verdict]) -> str:
 # Pictures
 
 
-def _panels(rows: int, columns: int, width: float, height: float, **more: Any) -> Any:
+def panels(rows: int, columns: int, width: float, height: float, **more: Any) -> Any:
     """A figure and its axes (rows, columns)."""
     from matplotlib.figure import Figure
 
@@ -377,7 +377,7 @@ def bars(rows: Sequence[Row], mine: Sequence[Row]) -> Figure:
     """Time with its spread, peak memory, and the multiple of the bare GEMM for one case."""
     mine = sorted(measured(mine), key=lambda row: -row["total_ms"])
     colours, names = _colours(rows), [row["peer"] for row in mine]
-    figure, ((time, memory, gemm),) = _panels(1, 3, 14, 0.45 * len(mine) + 1.6, sharey=True)
+    figure, ((time, memory, gemm),) = panels(1, 3, 14, 0.45 * len(mine) + 1.6, sharey=True)
     for axis, column, label in (
         (time, "total_ms", "time, ms (median, p20 .. p80)"),
         (memory, "peak_mib", "peak memory above inputs, MiB"),
@@ -415,7 +415,7 @@ def on_any_page(figure: Figure) -> Figure:
 
 def trade(mine: Sequence[Row]) -> Figure:
     """What a filter buys: time over the error of the gradient under g = 1, one point per row."""
-    figure, ((axis,),) = _panels(1, 1, 8, 5.5)
+    figure, ((axis,),) = panels(1, 1, 8, 5.5)
     colours = {"filter": "#d95f02", "drop": "#7570b3", "dilkern": "#1b9e77"}
     for row in measured(mine):
         colour = colours.get(row["peer"].partition("-")[0], GREY)
@@ -435,7 +435,7 @@ def pairs_picture(rows: Sequence[Row]) -> Figure:
     found = {name: measured(mine)[::-1] for name, mine in of_pairs(rows).items() if measured(mine)}
     columns = min(2, len(found))
     lines = -(-len(found) // columns)
-    figure, axes = _panels(lines, columns, 6 * columns, 2.8 * lines)
+    figure, axes = panels(lines, columns, 6 * columns, 2.8 * lines)
     for axis, (name, mine) in zip(axes.flat, found.items()):
         colours = [GREY if row["variant"].startswith("trl") else "#1b9e77" for row in mine]
         values = [row["pairs_per_s"] for row in mine]
@@ -456,9 +456,9 @@ def curves(rows: Sequence[Row], found: Sequence[Curve]) -> Figure:
     """Time above and peak memory below, one panel per column, logarithmic."""
     from matplotlib.ticker import NullFormatter
 
-    colours, panels = _colours(rows), list(dict.fromkeys(curve[0] for curve in found))
-    figure, axes = _panels(2, len(panels), 5 * len(panels), 8)
-    for (time, memory), panel in zip(axes.T, panels):
+    colours, titles = _colours(rows), list(dict.fromkeys(curve[0] for curve in found))
+    figure, axes = panels(2, len(titles), 5 * len(titles), 8)
+    for (time, memory), panel in zip(axes.T, titles):
         ticks: set[float] = set()
         for _, axis, label, line in (curve for curve in found if curve[0] == panel):
             line = sorted(line, key=lambda row: row[axis])
@@ -493,7 +493,7 @@ def over(rows: Iterable[Row], axis: str) -> list[Curve]:
 
 def accuracy(rows: Sequence[Row]) -> Figure:
     """Error of the gradient over error of the token log-probs, refused rows marked by a cross."""
-    colours, (figure, ((axis,),)) = _colours(rows), _panels(1, 1, 7.5, 6)
+    colours, (figure, ((axis,),)) = _colours(rows), panels(1, 1, 7.5, 6)
     judged = [row for row in rows if row.get("logp_err_rms") and row.get("grad_err_rms")]
     for peer, mine in groups(judged, "peer").items():
         for number, row in enumerate(mine):
