@@ -5,7 +5,7 @@ import torch
 from dropping import CCE_TILE, dropped_logps
 from interpreter import INTERPRET
 
-ROWS, WORDS, WIDTH = 200, 2000, 32
+ROWS, WORDS, WIDTH = 100, 1000, 32
 
 
 def head(dtype=torch.float64):
@@ -51,8 +51,7 @@ def test_without_a_threshold_the_rule_is_cut_cross_entropy_itself():
 
 
 @pytest.mark.skipif(not INTERPRET, reason="TRITON_INTERPRET=1 runs its kernel on a CPU")
-@pytest.mark.parametrize("eps", [2.0**-4, 2.0**-6])
-def test_the_rule_drops_what_the_kernel_of_cut_cross_entropy_drops(eps):
+def test_the_rule_drops_what_the_kernel_of_cut_cross_entropy_drops(eps=2.0**-5):
     """fp16, because its backward takes nothing wider; what is dropped is far above its rounding."""
     module = pytest.importorskip("cut_cross_entropy.cce_backward")
     half = [t.detach().half() for t in head()[:2]]
@@ -67,7 +66,7 @@ def test_the_rule_drops_what_the_kernel_of_cut_cross_entropy_drops(eps):
     whole = gradients(exact(hidden, weight, labels), hidden, weight, g)
     for have, want, unfiltered in zip(theirs, mine, whole):
         error = relative(-have.double(), want)  # of a loss, not of log-probs
-        assert error < 1e-3 < relative(want, unfiltered) / 3
+        assert error < min(1e-3, relative(want, unfiltered) / 2)
 
 
 def test_dropping_by_element_and_by_tile_errs_towards_the_rare_words():
