@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import dropping
 import head_cases
 import pytest
 import torch
@@ -591,3 +592,21 @@ def test_hidden_states_are_what_the_lm_head_sees(
     case = Case("smollm2", 32, 200, 16, sequences=4)
     row = measure_here(case, select("naive,dilkern-torch"))["dilkern-torch"]
     assert row["status"] == "ok" and 4 < row["mean_entropy"] < 5.4, row
+
+
+def test_a_word_that_is_quiet_in_all_rows_of_a_block_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The streamed rule is that of `dropping` with a tile of one word."""
+    monkeypatch.setattr(DropFilter, "ROWS", 24)
+    monkeypatch.setattr(DropFilter, "WORDS", 90)
+    inputs = make_inputs(replace(TINY, tokens=48, mode="trainable")).require_grads()
+    found = []
+    for logps, *tile in ((DropFilter.apply,), (dropping.dropped_logps, (24, 1))):
+        inputs.clear_grads()
+        out = logps(inputs.hidden, inputs.weight, inputs.labels, 2.0**-7, *tile)
+        out.backward(inputs.grad)
+        found.append((out.detach(), inputs.hidden.grad, inputs.weight.grad))
+    for have, want in zip(*found):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+    assert 0 < (found[0][2] == 0).all(1).sum() < 200

@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 import torch
 
-from benchmarks import pairs, report
+from benchmarks import filter_training, pairs, report
 from benchmarks.environment import read_rows
 from benchmarks.measure import Plan
 
@@ -78,3 +78,35 @@ def test_pairs_are_whole_seeded_and_enough(model: Path) -> None:
     longest = max(len(str(row)) for row in drawn)
     with pytest.raises(ValueError, match="must have 6 pairs"):
         pairs.draw_pairs(setup(model, max_length=longest // 100))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_with_a_filter_goes_on_where_it_stopped_and_is_drawn(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DILKERN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(filter_training, "DROP_EPS", 0.02)
+    shape = {"steps": 4, "pairs": 2, "held_out": 3, "every": 2, "longest": 200}
+    files = {"model": str(model), "data": str(model / "pairs.jsonl"), "out": tmp_path / "r"}
+    filter_training.main(losses="lsif,dpo", ways="exact,filter,drop", **files, **shape)
+    runs = {
+        way: json.loads((tmp_path / f"r-dpo-{way}.json").read_text())
+        for way in filter_training.WAYS
+    }
+    assert [look["step"] for look in runs["exact"]["held_out"]] == [0, 2, 4]
+    first = {way: run["steps"][0] for way, run in runs.items()}
+    for way, step in first.items():
+        assert step["loss"] == pytest.approx(0.6931472, abs=1e-6), way
+        assert (abs(step["grad_norm"] - first["exact"]["grad_norm"]) > 1e-4) == (way == "drop")
+    text = (tmp_path / "r.md").read_text()
+    assert text.count("| lsif |") == text.count("| dpo |") == 3
+    assert (tmp_path / "r.png").stat().st_size > 0
+    # Same seeds, same bits; what is there is left alone.
+    kept = (tmp_path / "r-dpo-filter.json").stat().st_mtime_ns
+    (tmp_path / "r-dpo-drop.json").unlink()
+    filter_training.main(losses="lsif,dpo", ways="exact,filter,drop", **files, **shape)
+    assert (tmp_path / "r-dpo-filter.json").stat().st_mtime_ns == kept
+    again = json.loads((tmp_path / "r-dpo-drop.json").read_text())
+    assert again["steps"] == runs["drop"]["steps"] != runs["exact"]["steps"]
+    with pytest.raises(ValueError, match="--longest"):
+        filter_training.train(filter_training.Setup(files["model"], files["data"]), "dpo", "exact")
