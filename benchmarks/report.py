@@ -297,7 +297,57 @@ def memory_bound(row: Row) -> float:
     return bound / MIB
 
 
+# The filter on real models, fp32 on a CPU: the best row whose gradient is good enough, by minima; and
+# pairs per second over the better of TRL's two, with its share of their memory.
+FILTER_GOALS = (
+    *(("gemma3-270m", "frozen", 2048, 1.2), ("smollm2", "frozen", 4096, 1.4)),
+    ("gemma3-270m", "trainable", 2048, 1.6),
+)
+FILTER_ERRORS = (("u_err_rms", 4e-3), ("u_err_mean", 1e-3))
+PAIRS_GOALS = {"hh_harmless_1799": 2.5, "preferences_en_300": 2.0}
+
+
+def judge_filter(rows: Sequence[Row]) -> Iterator[Verdict]:
+    for head, mode, tokens, limit in FILTER_GOALS:
+        wanted = {"head": head, "mode": mode, "tokens": tokens, "dtype": "float32"}
+        goal = f"word filter, {mode} head, gradient error 4e-3, mean gradient 1e-3"
+        good = [
+            row
+            for row in measured(rows)
+            if row["peer"].startswith("filter") and wanted.items() <= row.items()
+            if all(row[name] <= most for name, most in FILTER_ERRORS)
+        ]
+        best = min(good, key=lambda row: row["gemm_multiple_min"], default=None)
+        case = f"{head}@{tokens}"
+        if best is None:
+            there = any(wanted.items() <= row.items() for row in rows)
+            found = ("no row is that exact", False) if there else ("", None)
+            yield Verdict(goal, case, f"{limit} x GEMM", *found)
+            continue
+        found = best["gemm_multiple_min"]
+        text = f"{found:.2f} ({best['peer']})"
+        yield Verdict(goal, case, f"{limit} x GEMM", text, found <= limit)
+
+
+def judge_pairs(rows: Sequence[Row]) -> Iterator[Verdict]:
+    for name, mine in of_pairs(rows).items():
+        best, least = best_of_trl(mine), PAIRS_GOALS.get(mine[0]["data"])
+        shared = [row for row in measured(mine) if row["variant"] == "shared"]
+        if best is None or least is None or not shared:
+            continue
+        speed = shared[0]["pairs_per_s"] / best["pairs_per_s"]
+        share = shared[0]["peak_mib"] / best["peak_mib"]
+        goal = "shared prompts over the better of TRL"
+        yield Verdict(f"{goal}: pairs/s", name, f"least {least} x", f"{speed:.2f}", speed >= least)
+        yield Verdict(f"{goal}: memory", name, "0.5 x", f"{share:.2f}", share <= 0.5)
+
+
 def judge(rows: Iterable[Row]) -> Iterator[Verdict]:
+    rows = list(rows)
+    yield from judge_pairs([row for row in rows if "variant" in row])
+    rows = [row for row in rows if "variant" not in row]
+    if has_filters(rows):
+        yield from judge_filter(rows)
     cases = {case: {r["peer"]: r for r in mine} for case, mine in groups(rows).items()}
 
     def rows_of(peer: str, **wanted: object) -> list[Row]:
