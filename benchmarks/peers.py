@@ -215,6 +215,22 @@ def dilkern(x: Inputs, backend: str, **options: Any) -> Tensor:
     return linear_logps(x.hidden, head, x.labels, **options)
 
 
+def filter_report(x: Inputs, filter_eps: float | str) -> dict[str, float]:
+    """What the library says of its own filter; the bound is on the error under g = 1."""
+    from dilkern import filter_report
+    from dilkern.lm_head import as_head
+
+    head, space = as_head(x.head, softcap=x.case.softcap), x.case.workspace_mib
+    options = {"filter_eps": filter_eps, "workspace_mib": space}
+    found = filter_report(x.hidden.detach(), head, x.labels, **options)
+    return {
+        "loud": found.loud,
+        "whole": found.whole,
+        "quiet_mass": found.quiet_mass.mean().item(),
+        "error_bound": (found.error_bound.norm() / found.gradient_norm.norm()).item(),
+    }
+
+
 _naive = partial(Peer, package="torch", layers=True)
 _lce = partial(Peer, package="torch", softcap=False)
 _liger = partial(Peer, package="liger-kernel", softcap=False)
@@ -276,6 +292,7 @@ _LIST = (
         _word(
             f"filter-{eps}",
             call=partial(dilkern, backend="auto", filter_eps=value),
+            about=partial(filter_report, filter_eps=value),
             note=f"dilkern, filter_eps {'auto' if eps == 'auto' else f'2^-{eps}'}",
         )
         for eps, value in {**{n: 2.0**-n for n in (10, 12, 14, 16, 18, 20)}, "auto": "auto"}.items()

@@ -501,7 +501,8 @@ def test_a_filtered_gradient_is_told_and_only_a_wrong_one_refused(
         assert 0 < more["loud"] < less["loud"] <= 1
         for error in ("u_err_rms", "u_err_mean", "u_err_row"):
             assert 1e-6 < less[error] < more[error] < 1, error
-        assert 1e-6 < rows["filter-18"]["u_err_rms"] < 0.1
+        ours = rows["filter-18"]
+        assert 0 < ours["loud"] < 1 and 1e-6 < ours["u_err_rms"] <= ours["error_bound"]
         text = report.table([*rows.values(), refused])
         assert "loud words" in text and f"{rows['drop-12']['loud']:.1%}" in text
         assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
