@@ -35,7 +35,7 @@ JOBS   ?= 2
 PYTEST := $(BIN)/pytest --durations=15
 test: install
 	HF_HUB_OFFLINE=1 $(PYTEST) -n $(JOBS) -m "not gpu" --ignore=tests/kernels --ignore=tests/dry_run
-	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) tests/kernels -m "not fuzz"
+	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) tests/kernels tests/rivals/test_word_filter.py -m "not fuzz"
 	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) -m "not gpu" --backend triton \
 	  tests/core/test_linear_logps.py tests/core/test_fused_loss.py tests/core/test_strided.py \
 	  tests/core/test_passes.py tests/heads/test_packed_head.py tests/heads/test_dense_head.py

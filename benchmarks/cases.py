@@ -20,6 +20,9 @@ rejected.
 
 A head is dense, or a layer as users have it: `nf4` is a bitsandbytes Linear4bit made of the dense
 weight, `lora` a PEFT layer around it whose B is drawn too. Labels come from the layer's own softmax.
+
+Heads named as in `real_models` are the real thing: trained weights, hidden states and labels of real
+dialogues.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from benchmarks import real_models
 
 NOISE = 2.0
 LIFT_MEAN = 14.0
@@ -62,6 +67,9 @@ HEADS = {
     "scaling": HeadShape(16384, 256),
     "scaling-gpu": HeadShape(131072, 2048),
     "tiny": HeadShape(300, 64),
+    # Real weights and hidden states (`real_models`).
+    "smollm2": HeadShape(49152, 576),
+    "gemma3-270m": HeadShape(262144, 640),
 }
 
 # frozen: gradient of the hidden states. trainable: also of the head (lora: of A and B). score: forward
@@ -123,8 +131,13 @@ def _powers(first: int, last: int) -> list[int]:
 
 
 BY_WIDTH = ("llama-3-8b", "llama-3.2-1b", "qwen3-0.6b")  # D = 4096, 2048, 1024
+FILTER_PEERS = (
+    "naive,compile,cce-compile,trl,liger-selective,liger-dpo,"
+    "filter-10,filter-12,filter-14,filter-16,filter-18,filter-20,filter-auto"
+)
 _tiny = partial(case_of, "tiny", 64, sequences=4)
 _half = partial(case_of, "claim", 1024)
+_gemma, _smol = partial(case_of, "gemma3-270m"), partial(case_of, "smollm2")
 _bf16 = partial(case_of, tokens=8192, dtype="bfloat16")
 CASE_SETS = {
     "tiny": CaseSet(
@@ -153,6 +166,22 @@ CASE_SETS = {
             for mib in (32, 64, 256)
         ],
         "naive,dilkern-torch",
+    ),
+    "filter": CaseSet(  # the word filter on real models
+        [
+            *(_gemma(2048), _smol(4096)),
+            *(_gemma(2048, mode="trainable"), _smol(4096, mode="trainable")),
+            *(_gemma(1024), _smol(2048), _smol(1024)),
+        ],
+        f"{FILTER_PEERS},dilkern-torch,drop-12,drop-14,drop-16",
+    ),
+    "filter-gpu": CaseSet(
+        [
+            head(8192, dtype="bfloat16", mode=mode)
+            for mode in ("frozen", "trainable")
+            for head in (_gemma, _smol)
+        ],
+        f"{FILTER_PEERS},dilkern-triton,cce,cce-unfiltered",
     ),
     "gpu": CaseSet(  # the sizes of the goals, other heads, other numbers of tokens
         [
@@ -307,6 +336,11 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
     rng = torch.Generator(device).manual_seed(SEED)
     options = {"generator": rng, "device": device, "dtype": torch.float32}
     tokens, vocab, width = case.tokens, case.vocab, case.hidden
+    slope = partial(_slope, case, options)
+    if case.head in real_models.SOURCES:
+        seen = real_models.hidden_states(case.head, tokens)
+        hidden, weight = (x.to(device, case.torch_dtype) for x in (seen.hidden, seen.weight))
+        return Inputs(case, hidden, weight, seen.labels.to(device), slope())
     zipf = (torch.arange(vocab, device=device, dtype=torch.float32) + ZIPF_OFFSET).reciprocal()
     weight = torch.randn(vocab, width, **options).div_(width**0.5)
     weight[:, 0] = zipf.log() / 8  # with the constant coordinate 8 below: a bias of log zipf
@@ -327,7 +361,12 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
         labels = torch.where(top > best, where + number * size, labels)
         best = torch.maximum(best, top)
 
-    slope = (0.5 + torch.rand(tokens, **options)) / (tokens / case.sequences)
-    found.labels, found.grad = labels, slope
-    found.grad[: tokens // 2] *= -1
+    found.labels, found.grad = labels, slope()
     return found
+
+
+def _slope(case: Case, options: dict[str, Any]) -> Tensor:
+    """The upstream gradient (T,)."""
+    slope = (0.5 + torch.rand(case.tokens, **options)) / (case.tokens / case.sequences)
+    slope[: case.tokens // 2] *= -1
+    return slope

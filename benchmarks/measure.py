@@ -139,7 +139,7 @@ class Task:
             self.inputs.clear_grads()
         else:
             case = self.inputs.case
-            small = replace(case, tokens=2 * case.sequences, vocab=64)
+            small = replace(case, head="tiny", tokens=2 * case.sequences, vocab=64)
             execute(self.peer, make_inputs(small, self.inputs.device).require_grads())
         return found | {"peak_mib": peak_mib(self.run, self.inputs.device)}
 
@@ -149,7 +149,8 @@ class Task:
         if isinstance(truth, Path):  # a pipe would leave a copy in the heap
             truth = load(truth)
         grads = [tensor.grad for tensor in x.trained] if x.case.mode == "trainable" else []
-        return errors(self.peer.output, self.out, x.hidden.grad, grads, x, truth)
+        found = errors(self.peer.output, self.out, x.hidden.grad, grads, x, truth)
+        return found | (self.peer.about(x) if self.peer.about else {})
 
     def run(self) -> Timing:
         self.out, timing = execute(self.peer, self.inputs)
@@ -181,7 +182,9 @@ load = partial(torch.load, weights_only=False)
 def _task(path: Path, threads: int, peer_name: str) -> Task | BareGemm:
     """Build a task inside its process (peers are found by name: closures do not pickle)."""
     torch.set_num_threads(threads)
-    inputs = load(path)
+    inputs = load(path, mmap=True)  # one copy for all
+    for tensor in (inputs.hidden, inputs.weight):
+        tensor.sum()  # resident from the start
     return Task(PEERS[peer_name], inputs) if peer_name else BareGemm(inputs)
 
 
@@ -313,7 +316,7 @@ def spread(seconds: Sequence[float], name: str) -> dict[str, float]:
 def contest(
     tasks: Mapping[str, Worker | Local],
     truth: Any,  # what `check` takes
-    refuse: Callable[[dict[str, float]], str | None],
+    refuse: Callable[[str, dict[str, float]], str | None],
     plan: Plan,
     gemm: Worker | Local | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[Timing]]]:
@@ -325,7 +328,7 @@ def contest(
             try:
                 rows[name] |= task.call("first")
                 rows[name] |= (found := task.call("check", truth))
-                if (reason := refuse(found)) is None:
+                if (reason := refuse(name, found)) is None:
                     jobs[name] = partial(task.call, "run")
                     continue
                 rows[name] |= {"status": "refused", "reason": reason}
@@ -391,7 +394,11 @@ def measure_group(
         else:
             tasks = {p.name: Local(Task, p, inputs.detached()) for p in able}
             gemm = Local(BareGemm, inputs)
-        refuse = partial(refusal, budget=truth.budget, dtype=case.torch_dtype)
+        filtered = {peer.name: peer.filtered for peer in able}
+
+        def refuse(name: str, found: dict[str, float]) -> str | None:
+            return refusal(found, truth.budget, case.torch_dtype, filtered=filtered[name])
+
         rows, times = contest(tasks, files[1] if remote else truth, refuse, plan, gemm)
 
     shared = {"case": case.key} | asdict(case) | spread([t.total for t in times["gemm"]], "gemm")
@@ -405,4 +412,5 @@ def measure_group(
     for peer in peers:
         row = rows.setdefault(peer.name, {"status": "unsupported", "reason": unable[peer.name]})
         row |= {"peer": peer.name, "output": peer.output, "note": peer.note}
+        row |= {"filtered": 1} if peer.filtered else {}
     return [shared | rows[peer.name] for peer in peers]

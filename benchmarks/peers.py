@@ -15,7 +15,8 @@ own row only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
@@ -44,6 +45,9 @@ class Peer:
     layers: bool = False  # takes NF4 and LoRA layers
     refuses: str = "takes a dense weight only"  # the reason where it does not
     backend: str = ""  # of dilkern
+    filtered: bool = False  # its gradient is approximate by design: its errors are told, not judged
+    about: Callable[[Inputs], dict[str, float]] | None = None  # further columns of its row
+    named: bool = False  # measured only where it is asked for by name
 
     def why_not(self, case: Case, device: torch.device) -> str | None:
         """Return why this peer cannot take the case, None if it can."""
@@ -147,12 +151,84 @@ def cut_cross_entropy(x: Inputs, **options: Any) -> Tensor:
     return -linear_cross_entropy(x.hidden, x.weight, x.labels, **options)
 
 
-def dilkern(x: Inputs, backend: str) -> Tensor:
+class DropFilter(torch.autograd.Function):
+    """Cut-cross-entropy's rule by library products: log p (T,), and in backward what is recomputed of
+    |p - onehot| < eps is left out. Where its kernel skips tiles of sorted words, here a word is left
+    out of a block of rows if all of them are below eps.
+    """
+
+    ROWS, WORDS = 1024, 8192  # per block: 32 MiB
+
+    @classmethod
+    def blocks(cls, hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        buffer = hidden.new_empty(cls.ROWS * cls.WORDS)
+        for row in range(0, len(hidden), cls.ROWS):
+            rows = slice(row, row + cls.ROWS)
+            for word in range(0, len(weight), cls.WORDS):
+                words = slice(word, word + cls.WORDS)
+                shape = len(hidden[rows]), len(weight[words])
+                z = buffer[: math.prod(shape)].view(shape)
+                yield rows, words, torch.mm(hidden[rows], weight[words].T, out=z)
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, eps: float) -> Tensor:
+        lse = torch.full(labels.shape, -torch.inf, device=hidden.device)
+        for rows, _, z in DropFilter.blocks(hidden, weight):
+            lse[rows] = torch.logaddexp(lse[rows], z.float().logsumexp(1))
+        ctx.save_for_backward(hidden, weight, labels, lse)
+        ctx.eps = eps
+        return (hidden.float() * weight[labels].float()).sum(1) - lse
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, lse = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        trained = ctx.needs_input_grad[1]
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trained else None
+        loud = 0
+        for rows, words, z in DropFilter.blocks(hidden, weight):
+            dz = z.float().sub_(lse[rows].unsqueeze(1)).exp_().neg_()  # onehot - p
+            here = (labels[rows] >= words.start) & (labels[rows] < words.stop)
+            dz[here, labels[rows][here] - words.start] += 1
+            low, high = torch.aminmax(dz, dim=0)
+            kept = (torch.maximum(-low, high) >= ctx.eps).nonzero().squeeze(1)
+            loud += len(kept)
+            dz = dz.index_select(1, kept).mul_(g[rows].unsqueeze(1)).to(hidden.dtype)
+            grad_hidden[rows] += dz @ weight[words].index_select(0, kept)
+            if grad_weight is not None:
+                grad_weight[words].index_add_(0, kept, (dz.T @ hidden[rows]).float())
+        DropFilter.loud = loud / (len(weight) * -(-len(hidden) // DropFilter.ROWS))
+        grads = grad_hidden.to(hidden.dtype), None if grad_weight is None else grad_weight
+        return *grads, None, None
+
+
+def drop(x: Inputs, eps: float) -> Tensor:
+    return DropFilter.apply(x.hidden, x.weight, x.labels, eps)
+
+
+def dilkern(x: Inputs, backend: str, **options: Any) -> Tensor:
     from dilkern import linear_logps
     from dilkern.lm_head import as_head
 
     head, space = as_head(x.head, softcap=x.case.softcap), x.case.workspace_mib
-    return linear_logps(x.hidden, head, x.labels, backend=backend, workspace_mib=space)
+    options |= {"backend": backend, "workspace_mib": space}
+    return linear_logps(x.hidden, head, x.labels, **options)
+
+
+def filter_report(x: Inputs, filter_eps: float | str) -> dict[str, float]:
+    """What the library says of its own filter; the bound is on the error under g = 1."""
+    from dilkern import filter_report
+    from dilkern.lm_head import as_head
+
+    head, space = as_head(x.head, softcap=x.case.softcap), x.case.workspace_mib
+    options = {"filter_eps": filter_eps, "workspace_mib": space}
+    found = filter_report(x.hidden.detach(), head, x.labels, **options)
+    return {
+        "loud": found.loud,
+        "whole": found.whole,
+        "quiet_mass": found.quiet_mass.mean().item(),
+        "error_bound": (found.error_bound.norm() / found.gradient_norm.norm()).item(),
+    }
 
 
 _naive = partial(Peer, package="torch", layers=True)
@@ -161,6 +237,8 @@ _liger = partial(Peer, package="liger-kernel", softcap=False)
 _flce = partial(Peer, package="liger-kernel", cuda_only=True)
 _cce = partial(Peer, package="cut-cross-entropy", cuda_only=True)
 _ours = partial(Peer, package="dilkern", layers=True)
+_word = partial(Peer, package="dilkern", filtered=True, named=True)
+_drop = partial(Peer, package="torch", softcap=False, filtered=True, named=True)
 _LIST = (
     _naive("naive", call=naive, note="full logits, log_softmax, gather"),
     _naive("naive-ce", call=naive_cross_entropy, note="full logits, cross_entropy"),
@@ -194,7 +272,7 @@ _LIST = (
         output="mean_nll",
         note="one scalar: no per-token gradient",
     ),
-    _cce("cce", call=cut_cross_entropy, note="gradient filter on (its default)"),
+    _cce("cce", call=cut_cross_entropy, note="gradient filter on (its default)", filtered=True),
     _cce(
         "cce-unfiltered",
         call=partial(cut_cross_entropy, filter_eps=None),
@@ -202,6 +280,32 @@ _LIST = (
     ),
     _ours("dilkern-torch", call=partial(dilkern, backend="torch"), backend="torch"),
     _ours("dilkern-triton", call=partial(dilkern, backend="triton"), backend="triton"),
+    Peer(
+        "cce-compile",
+        "cut-cross-entropy",
+        partial(cut_cross_entropy, impl="torch_compile"),
+        note="its own torch implementation: full logits, compiled",
+        compiles=True,
+        named=True,
+    ),
+    *(
+        _word(
+            f"filter-{eps}",
+            call=partial(dilkern, backend="auto", filter_eps=value),
+            about=partial(filter_report, filter_eps=value),
+            note=f"dilkern, filter_eps {'auto' if eps == 'auto' else f'2^-{eps}'}",
+        )
+        for eps, value in {**{n: 2.0**-n for n in (10, 12, 14, 16, 18, 20)}, "auto": "auto"}.items()
+    ),
+    *(
+        _drop(
+            f"drop-{n}",
+            call=partial(drop, eps=2.0**-n),
+            about=lambda x: {"loud": DropFilter.loud},
+            note=f"cut-cross-entropy's filter by library products, eps 2^-{n}",
+        )
+        for n in (12, 14, 16)
+    ),
 )
 PEERS = {peer.name: peer for peer in _LIST}
 
@@ -213,7 +317,7 @@ def select(names: str) -> list[Peer]:
         ValueError: an unknown name (lists the known).
     """
     if names == "all":
-        return list(PEERS.values())
+        return [peer for peer in PEERS.values() if not peer.named]
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
         if name not in PEERS:

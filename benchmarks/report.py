@@ -75,7 +75,11 @@ def table(rows: Sequence[Row]) -> str:
                 f"Bare GEMM (2TVD) {first['gemm_ms']:.4g} ms; labels: mean p "
                 f"{first['mean_p_label']:.2f}, mean entropy {first['mean_entropy']:.2f} nats.\n"
             )
-        lines = [_line(row) for row in sorted(measured(mine), key=lambda row: row["total_ms"])]
+        filters = has_filters(mine)
+        lines = [
+            [*_line(row), *(_filter_cells(row) if filters else [])]
+            for row in sorted(measured(mine), key=lambda row: row["total_ms"])
+        ]
         without: dict[str, list[str]] = {}
         for row in mine:
             if row["status"] != "ok":
@@ -85,6 +89,8 @@ def table(rows: Sequence[Row]) -> str:
             "|forward ms|forward + backward ms|p20 .. p80|min|x GEMM|peak above inputs, MiB|"
             "log-prob error rms (max), nats|gradient error rms"
         )
+        if filters:
+            header += "|with g = 1|of the sum over rows|largest row's|loud words"
         parts.append(markdown(header, lines))
     return "\n".join(parts)
 
@@ -108,6 +114,16 @@ def _line(row: Row) -> list[str]:
     ]
 
 
+def has_filters(rows: Iterable[Row]) -> bool:
+    return any(row.get("filtered") for row in rows)
+
+
+def _filter_cells(row: Row) -> list[str]:
+    """Errors of the gradient under g = 1, and the share of words that a filter multiplies exactly."""
+    errors = [f"{row[f'u_err_{what}']:.1e}" for what in ("rms", "mean", "row")]
+    return [*errors, f"{row['loud']:.1%}" if "loud" in row else ""]
+
+
 def steps_table(rows: Iterable[Row]) -> str:
     """Training steps, or the longest sequences that fit."""
     lines = []
@@ -126,6 +142,44 @@ def steps_table(rows: Iterable[Row]) -> str:
         "relative error of the adapter gradient"
     )
     return markdown(header, lines)
+
+
+def of_pairs(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows of `benchmarks.pairs` by what was trained on what."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        name = "{model}, {data}, {loss}, {pairs} pairs per step, {dtype}".format(**row)
+        found.setdefault(name, []).append(row)
+    return found
+
+
+def best_of_trl(rows: Iterable[Row]) -> Row | None:
+    theirs = [row for row in measured(rows) if row["variant"].startswith("trl")]
+    return max(theirs, key=lambda row: row["pairs_per_s"], default=None)
+
+
+def pairs_table(rows: Iterable[Row]) -> str:
+    """Pairs per second by variant, beside the better of TRL's two."""
+    parts = []
+    for name, mine in of_pairs(rows).items():
+        best, lines = best_of_trl(mine), []
+        for row in mine:
+            if row["status"] != "ok":
+                lines.append([row["variant"], f"{row['status']}: {row['reason']}"])
+                continue
+            columns = ("pairs_per_s", "tokens", "peak_mib")
+            times = [f" ({row[c] / best[c]:.2f} x)" if best else "" for c in columns]
+            seconds = [row[f"round_ms{part}"] / 1000 / row["steps"] for part in ("", "_min")]
+            figures = (f"{row['pairs_per_s']:.3g}", f"{row['tokens']}", f"{row['peak_mib']:.0f}")
+            cells = [row["variant"], *map("{}{}".format, figures, times)]
+            cells.append("{:.3g} ({:.3g})".format(*seconds))
+            lines.append([*cells, f"{row['loss_err']:.1e}"])
+        header = (
+            "|pairs/s (x the better of TRL)|tokens per round|peak above model, MiB|"
+            "s per step, median (min)|largest difference of a loss"
+        )
+        parts.append(f"**{name}**\n\n{markdown(header, lines)}")
+    return "\n".join(parts)
 
 
 class Fit(NamedTuple):
@@ -181,6 +235,8 @@ def text_of(path: Path, rows: Sequence[Row]) -> str:
     """The tables of one result file, whatever it measured."""
     if "method" in rows[0]:
         return steps_table(rows)
+    if "variant" in rows[0]:
+        return f"{source_line(path)}\n\n{pairs_table(rows)}"
     if found := fits(rows):
         header = "axis|peer|exponent of time|exponent of peak memory|x GEMM, smallest .. largest"
         lines = []
@@ -241,7 +297,57 @@ def memory_bound(row: Row) -> float:
     return bound / MIB
 
 
+# The filter on real models, fp32 on a CPU: the best row whose gradient is good enough, by minima; and
+# pairs per second over the better of TRL's two, with its share of their memory.
+FILTER_GOALS = (
+    *(("gemma3-270m", "frozen", 2048, 1.2), ("smollm2", "frozen", 4096, 1.4)),
+    ("gemma3-270m", "trainable", 2048, 1.6),
+)
+FILTER_ERRORS = (("u_err_rms", 4e-3), ("u_err_mean", 1e-3))
+PAIRS_GOALS = {"hh_harmless_1799": 2.5, "preferences_en_300": 2.0}
+
+
+def judge_filter(rows: Sequence[Row]) -> Iterator[Verdict]:
+    for head, mode, tokens, limit in FILTER_GOALS:
+        wanted = {"head": head, "mode": mode, "tokens": tokens, "dtype": "float32"}
+        goal = f"word filter, {mode} head, gradient error 4e-3, mean gradient 1e-3"
+        good = [
+            row
+            for row in measured(rows)
+            if row["peer"].startswith("filter") and wanted.items() <= row.items()
+            if all(row[name] <= most for name, most in FILTER_ERRORS)
+        ]
+        best = min(good, key=lambda row: row["gemm_multiple_min"], default=None)
+        case = f"{head}@{tokens}"
+        if best is None:
+            there = any(wanted.items() <= row.items() for row in rows)
+            found = ("no row is that exact", False) if there else ("", None)
+            yield Verdict(goal, case, f"{limit} x GEMM", *found)
+            continue
+        found = best["gemm_multiple_min"]
+        text = f"{found:.2f} ({best['peer']})"
+        yield Verdict(goal, case, f"{limit} x GEMM", text, found <= limit)
+
+
+def judge_pairs(rows: Sequence[Row]) -> Iterator[Verdict]:
+    for name, mine in of_pairs(rows).items():
+        best, least = best_of_trl(mine), PAIRS_GOALS.get(mine[0]["data"])
+        shared = [row for row in measured(mine) if row["variant"] == "shared"]
+        if best is None or least is None or not shared:
+            continue
+        speed = shared[0]["pairs_per_s"] / best["pairs_per_s"]
+        share = shared[0]["peak_mib"] / best["peak_mib"]
+        goal = "shared prompts over the better of TRL"
+        yield Verdict(f"{goal}: pairs/s", name, f"least {least} x", f"{speed:.2f}", speed >= least)
+        yield Verdict(f"{goal}: memory", name, "0.5 x", f"{share:.2f}", share <= 0.5)
+
+
 def judge(rows: Iterable[Row]) -> Iterator[Verdict]:
+    rows = list(rows)
+    yield from judge_pairs([row for row in rows if "variant" in row])
+    rows = [row for row in rows if "variant" not in row]
+    if has_filters(rows):
+        yield from judge_filter(rows)
     cases = {case: {r["peer"]: r for r in mine} for case, mine in groups(rows).items()}
 
     def rows_of(peer: str, **wanted: object) -> list[Row]:
@@ -297,7 +403,7 @@ def goals_table(verdicts: Sequence[Verdict]) -> str:
 # Pictures
 
 
-def _panels(rows: int, columns: int, width: float, height: float, **more: Any) -> Any:
+def panels(rows: int, columns: int, width: float, height: float, **more: Any) -> Any:
     """A figure and its axes (rows, columns)."""
     from matplotlib.figure import Figure
 
@@ -321,7 +427,7 @@ def bars(rows: Sequence[Row], mine: Sequence[Row]) -> Figure:
     """Time with its spread, peak memory, and the multiple of the bare GEMM for one case."""
     mine = sorted(measured(mine), key=lambda row: -row["total_ms"])
     colours, names = _colours(rows), [row["peer"] for row in mine]
-    figure, ((time, memory, gemm),) = _panels(1, 3, 14, 0.45 * len(mine) + 1.6, sharey=True)
+    figure, ((time, memory, gemm),) = panels(1, 3, 14, 0.45 * len(mine) + 1.6, sharey=True)
     for axis, column, label in (
         (time, "total_ms", "time, ms (median, p20 .. p80)"),
         (memory, "peak_mib", "peak memory above inputs, MiB"),
@@ -341,6 +447,58 @@ def bars(rows: Sequence[Row], mine: Sequence[Row]) -> Figure:
     return figure
 
 
+GREY = "#808080"  # to be read on a page of either colour
+
+
+def on_any_page(figure: Figure) -> Figure:
+    figure.patch.set_alpha(0)
+    for axis in figure.axes:
+        axis.patch.set_alpha(0)
+        axis.tick_params(colors=GREY, which="both")
+        axis.grid(alpha=0.3)
+        for text in (axis.title, axis.xaxis.label, axis.yaxis.label):
+            text.set_color(GREY)
+        for spine in axis.spines.values():
+            spine.set_color(GREY)
+    return figure
+
+
+def trade(mine: Sequence[Row]) -> Figure:
+    """What a filter buys: time over the error of the gradient under g = 1, one point per row."""
+    figure, ((axis,),) = panels(1, 1, 8, 5.5)
+    colours = {"filter": "#d95f02", "drop": "#7570b3", "dilkern": "#1b9e77"}
+    for row in measured(mine):
+        colour = colours.get(row["peer"].partition("-")[0], GREY)
+        x, y = row["u_err_rms"], row["gemm_multiple_min"]
+        axis.plot(x, y, "o" if row.get("filtered") else "s", color=colour)
+        style = {"textcoords": "offset points", "fontsize": 8, "color": colour}
+        axis.annotate(row["peer"], (x, y), (5, 4), **style)
+    axis.axhline(1, color=GREY, linestyle="--")
+    axis.set(xscale="log", ylim=(0, None), ylabel="time / bare product, minima")
+    axis.set_xlabel("relative error of the hidden-state gradient, g = 1")
+    axis.set_title(title(mine[0]), fontsize=10)
+    return on_any_page(figure)
+
+
+def pairs_picture(rows: Sequence[Row]) -> Figure:
+    """Pairs per second, one panel per model, data, loss and batch."""
+    found = {name: measured(mine)[::-1] for name, mine in of_pairs(rows).items() if measured(mine)}
+    columns = min(2, len(found))
+    lines = -(-len(found) // columns)
+    figure, axes = panels(lines, columns, 6 * columns, 2.8 * lines)
+    for axis, (name, mine) in zip(axes.flat, found.items()):
+        colours = [GREY if row["variant"].startswith("trl") else "#1b9e77" for row in mine]
+        values = [row["pairs_per_s"] for row in mine]
+        bars = axis.barh([row["variant"] for row in mine], values, color=colours)
+        axis.bar_label(bars, fmt="%.3g", padding=3, color=GREY)
+        axis.margins(x=0.15)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("pairs / s")
+    for axis in axes.flat[len(found) :]:
+        axis.set_axis_off()
+    return on_any_page(figure)
+
+
 Curve = tuple[str, str, str, list[Row]]  # panel, axis, label, rows
 
 
@@ -348,9 +506,9 @@ def curves(rows: Sequence[Row], found: Sequence[Curve]) -> Figure:
     """Time above and peak memory below, one panel per column, logarithmic."""
     from matplotlib.ticker import NullFormatter
 
-    colours, panels = _colours(rows), list(dict.fromkeys(curve[0] for curve in found))
-    figure, axes = _panels(2, len(panels), 5 * len(panels), 8)
-    for (time, memory), panel in zip(axes.T, panels):
+    colours, titles = _colours(rows), list(dict.fromkeys(curve[0] for curve in found))
+    figure, axes = panels(2, len(titles), 5 * len(titles), 8)
+    for (time, memory), panel in zip(axes.T, titles):
         ticks: set[float] = set()
         for _, axis, label, line in (curve for curve in found if curve[0] == panel):
             line = sorted(line, key=lambda row: row[axis])
@@ -385,7 +543,7 @@ def over(rows: Iterable[Row], axis: str) -> list[Curve]:
 
 def accuracy(rows: Sequence[Row]) -> Figure:
     """Error of the gradient over error of the token log-probs, refused rows marked by a cross."""
-    colours, (figure, ((axis,),)) = _colours(rows), _panels(1, 1, 7.5, 6)
+    colours, (figure, ((axis,),)) = _colours(rows), panels(1, 1, 7.5, 6)
     judged = [row for row in rows if row.get("logp_err_rms") and row.get("grad_err_rms")]
     for peer, mine in groups(judged, "peer").items():
         for number, row in enumerate(mine):
@@ -405,6 +563,10 @@ def pictures(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     """Every picture of one result file and the end of its name."""
     if "method" in rows[0]:
         return
+    if "variant" in rows[0]:
+        if measured(rows):
+            yield "", pairs_picture(rows)
+        return
     if found := fits(rows):
         label = "{0.peer}: exponents {0.time:.2f}, {0.memory:.2f}"
         yield "", curves(rows, [(f.axis, f.axis, label.format(f), f.rows) for f in found])
@@ -412,6 +574,8 @@ def pictures(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     for case, mine in groups(rows).items():
         if measured(mine):
             yield f"-{case.replace('/', '_')}", bars(rows, mine)
+            if has_filters(mine) and mine[0]["mode"] != "score":
+                yield f"-{case.replace('/', '_')}-trade", trade(mine)
     for axis in ("tokens", "vocab"):
         if lines := over(rows, axis):
             yield f"-{axis}", curves(rows, lines)

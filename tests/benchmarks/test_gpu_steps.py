@@ -271,3 +271,20 @@ def test_the_claim_on_a_cpu_is_judged(tmp_path: Path) -> None:
         assert end.value.code == strict
     rows[1]["status"] = "refused"
     assert verdicts(rows)["on a CPU, 0.8 times trl's time (min)", case.key] is None
+
+
+def test_the_goals_of_the_filter_and_of_pairs_are_judged_on_what_is_good_enough() -> None:
+    case = case_of("smollm2", 4096)
+    figures = {"filtered": 1, "u_err_rms": 3e-3, "u_err_mean": 9e-4, "gemm_multiple_min": 1.3}
+    fast = row(case, "filter-16", **figures | {"u_err_mean": 2e-3, "gemm_multiple_min": 1.1})
+    (goal,) = {goal for goal, name in verdicts([fast]) if name == "smollm2@4096"}
+    assert verdicts([fast])[goal, "smollm2@4096"] is False
+    assert verdicts([fast])[goal, "gemma3-270m@2048"] is None
+    assert verdicts([fast, row(case, "filter-18", **figures)])[goal, "smollm2@4096"] is True
+    shared = {"model": "smollm2", "data": "hh_harmless_1799", "loss": "dpo", "pairs": 4}
+    shared |= {"dtype": "float32", "status": "ok"}
+    found = [
+        shared | {"variant": variant, "pairs_per_s": speed, "peak_mib": mib}
+        for variant, speed, mib in (("trl", 1, 900), ("trl-logits", 2, 1000), ("shared", 5, 600))
+    ]
+    assert [(v.found, v.met) for v in report.judge(found)][:2] == [("2.50", True), ("0.60", False)]
