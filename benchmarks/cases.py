@@ -172,6 +172,8 @@ CASE_SETS = {
             *(_gemma(2048), _smol(4096)),
             *(_gemma(2048, mode="trainable"), _smol(4096, mode="trainable")),
             *(_gemma(1024), _smol(2048), _smol(1024)),
+            # What full logits in 16 bits err by, which "auto" is measured against.
+            *(_gemma(256, dtype="bfloat16"), _smol(512, dtype="bfloat16")),
         ],
         f"{FILTER_PEERS},dilkern-torch,drop-12,drop-14,drop-16",
     ),
