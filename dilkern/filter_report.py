@@ -28,7 +28,7 @@ class FilterReport(NamedTuple):
     loud: float  # share of words that are multiplied exactly, over all blocks of rows
     whole: float  # share of words in blocks where the filter stood back
     quiet_mass: Tensor  # (S, L) or (T,) probability of a token's quiet words
-    error_bound: Tensor  # no more than |error of u|, u = d logp / d hidden state (docs/math.md, 18)
+    error_bound: Tensor  # of |error of u|, u = d logp / d hidden state, but for rounding (math.md, 18)
     gradient_norm: Tensor  # |u|
 
     def __str__(self) -> str:
