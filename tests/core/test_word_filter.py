@@ -168,6 +168,9 @@ def test_lora_on_the_head():
         assert (x - y).norm() < 1e-9 * y.norm()
     exact = gradients(hidden, head, labels, a, b, g=options["g"])
     assert (got[0] - exact[1]).norm() > 1e-5 * exact[1].norm()
+    reports = [filter_report(hidden, h, labels, filter_eps=2**-10) for h in (head, merged)]
+    for mine, its in zip(*reports):
+        torch.testing.assert_close(mine, its)
 
 
 def test_a_row_of_nan_stays_in_its_row():
@@ -232,10 +235,12 @@ def test_the_command_line_gives_numbers_as_text(tmp_path):
     assert DILConfig(str(tmp_path), filter_eps="auto").filter_eps == "auto"
 
 
-def test_a_report_needs_a_scored_label():
+def test_a_report_needs_a_filter_and_a_scored_label():
     hidden, weight, labels = problem()
     with pytest.raises(ValueError, match="a report needs a label that is scored"):
         filter_report(hidden, weight, torch.full_like(labels, -100))
+    with pytest.raises(ValueError, match="a report needs a filter"):
+        filter_report(hidden, weight, labels, filter_eps=None)
 
 
 def test_quiet_words_of_confident_rows_keep_their_mean_in_fp16():
