@@ -180,13 +180,20 @@ def remove_head(model: Any) -> None:
 def labels_of(inputs: Mapping[str, Tensor]) -> Tensor:
     """Return `labels` of a batch, or input_ids where completion_mask is 1; -100 where not scored.
 
+    A sequence's first token is not: nothing predicts it, padding before it neither.
+
     Raises:
         ValueError: none of the batch is to be scored, which would be a loss of 0 that says nothing.
     """
     labels = inputs.get("labels")
     if labels is None:
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
-    labels = mask_first_labels(labels, ignore_index=IGNORE_INDEX)
+    labels, mask = (
+        mask_first_labels(labels, ignore_index=IGNORE_INDEX),
+        inputs.get("attention_mask"),
+    )
+    if mask is not None:  # the first token may stand behind padding
+        labels = labels.masked_fill((mask.cumsum(1) == 1) & (mask != 0), IGNORE_INDEX)
     if not torch.compiler.is_compiling() and not (labels != IGNORE_INDEX).any():
         reject(
             "a batch must have a token to score, one of a completion with another before it",
