@@ -307,7 +307,8 @@ def pack(
             "Set padding_free=False and shared_prompts=False, or leave them out of the batch.",
         )
     ids = inputs["input_ids"]
-    check_positive("answers", answers)
+    if not isinstance(answers, int) or isinstance(answers, bool) or answers < 1:
+        reject("`answers` must be a whole number > 0", repr(answers), "Pass answers=2 for pairs.")
     if len(ids) % answers:
         reject(
             f"a batch of {answers} answers per prompt has a multiple of {answers} sequences",

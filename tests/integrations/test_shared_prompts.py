@@ -283,7 +283,11 @@ def test_rows_within_a_budget_hold_whole_pairs_in_order():
             torch.testing.assert_close(part, whole[row.sequences], rtol=0, atol=1e-10)
     (row,) = pack(batch, labels, max_tokens=50)
     assert row.sequences is None
-    for answers, together, message in ((3, None, "multiple of 3"), (2, 3, "`together`")):
+    for answers, together, message in (
+        (3, None, "multiple of 3"),
+        (2.0, None, "`answers` must be a whole number"),
+        (2, 3, "`together`"),
+    ):
         with pytest.raises(ValueError, match=message):
             pack(batch, labels, answers=answers, together=together)
 
@@ -480,6 +484,16 @@ def test_anything_beside_ids_and_mask_is_refused():
     batch, labels = batch_of(PAIRS)
     with pytest.raises(ValueError, match="received token_type_ids"):
         pack({**batch, "token_type_ids": batch["input_ids"]}, labels)
+
+
+def test_the_check_leaves_four_bit_layers_trainable():
+    """In eval mode bitsandbytes would repack them on some CPUs, for good and without a gradient."""
+    model = tiny.build()
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.support_avx512bf16_for_cpu = True  # as of Linear4bit on such a CPU
+    install_head(model)
+    check_packing(model, 2)
+    assert not layer.support_avx512bf16_for_cpu
 
 
 def test_scored_padding_and_gaps_are_refused():
