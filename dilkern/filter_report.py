@@ -28,7 +28,9 @@ class FilterReport(NamedTuple):
     loud: float  # share of words that are multiplied exactly, over all blocks of rows
     whole: float  # share of words in blocks where the filter stood back
     quiet_mass: Tensor  # (S, L) or (T,) probability of a token's quiet words
-    error_bound: Tensor  # no more than |error of u|, u = d logp / d hidden state (docs/math.md, 18)
+    error_bound: (
+        Tensor  # of |error of u|, u = d logp / d hidden state, but for rounding (math.md, 18)
+    )
     gradient_norm: Tensor  # |u|
 
     def __str__(self) -> str:
@@ -76,6 +78,8 @@ def filter_report(
     check_positive("workspace_mib", workspace_mib)
     check_bool("shift", shift)
     check_ignore_index(ignore_index)
+    if filter_eps is None:
+        reject("a report needs a filter", "filter_eps=None", "Pass filter_eps='auto' or a number.")
     if shift:
         labels = mask_first_labels(labels, ignore_index=ignore_index)
     with torch.no_grad(), torch.autocast(hidden_states.device.type, enabled=False):
@@ -96,7 +100,11 @@ def filter_report(
         )  # fmt: skip
         blocks = backend.plan(scored.numel(), head, hidden, workspace_bytes)
         assert found.quiet is not None
-        bound = _error_bound(found.quiet, blocks, head, hidden.dtype)
+        to_states = None
+        if hidden.shape[1] != hidden_states.shape[-1]:  # of an adapter: project is linear
+            unit = torch.eye(hidden_states.shape[-1], dtype=hidden.dtype, device=hidden.device)
+            to_states = (head.project(unit) - head.project(torch.zeros_like(unit))).t()
+        bound = _error_bound(found.quiet, blocks, head, hidden.dtype, to_states)
 
     def per_token(values: Tensor) -> Tensor:
         out = values.new_zeros(flat.shape).index_copy_(0, scored, values)
@@ -110,11 +118,19 @@ def filter_report(
         whole.float().mean().item(),
         per_token(found.quiet.mass.sum(0)),
         per_token(bound),
-        per_token(found.u.to(bound.dtype).norm(dim=1)),
+        per_token(_norm(found.u.to(bound.dtype), to_states)),
     )
 
 
-def _error_bound(quiet: Quiet, blocks: Blocks, head: HeadView, dtype: torch.dtype) -> Tensor:
+def _norm(rows: Tensor, to_states: Tensor | None) -> Tensor:
+    """Return |row| (n,), of gradients of what the head multiplies as gradients of hidden states."""
+    norms: Tensor = (rows if to_states is None else rows @ to_states.to(rows.dtype)).norm(dim=1)
+    return norms
+
+
+def _error_bound(
+    quiet: Quiet, blocks: Blocks, head: HeadView, dtype: torch.dtype, to_states: Tensor | None
+) -> Tensor:
     """Sum over blocks of d_i max_quiet |w_v - mu| (18), (N,)."""
     acc = accumulation_dtype(dtype)
     bound = quiet.mass.new_zeros(quiet.mass.shape[1])
@@ -124,6 +140,6 @@ def _error_bound(quiet: Quiet, blocks: Blocks, head: HeadView, dtype: torch.dtyp
             words = (q >= 0).nonzero().squeeze(1)
             if words.numel():
                 share = q[words] / q[words].sum().clamp_min(torch.finfo(acc).tiny)
-                far = (weight[words] - share @ weight[words]).norm(dim=1).max()
+                far = _norm(weight[words] - share @ weight[words], to_states).max()
                 bound[part] += quiet.mass[number, part] * far * head.scale
     return bound

@@ -214,14 +214,16 @@ def forward(
                 total[part].mul_(decay).add_(row_sums)
                 if need_p and slope is not None:
                     row_sums = p.mul_(slope).sum(1)
-                operands = p, weight
+                operands, quiet = (p, weight), None
                 if row_filter is not None:
-                    operands = row_filter.split(
+                    operands, quiet = row_filter.split(
                         p, row_sums, weight, number, start, moved, total[part], decay
                     )
                 if need_u:
                     add_matmul(mean_w[part].mul_(decay.unsqueeze(1)), *operands)
-                del z, p, slope, operands
+                    if quiet is not None:
+                        mean_w[part].addr_(*quiet)
+                del z, p, slope, operands, quiet
             del weight
         for part, row_filter in zip(parts, filters):
             w_y = head.gather(y[part], hidden.dtype)

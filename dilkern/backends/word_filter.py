@@ -39,6 +39,8 @@ MOST_QUIET = 0.5
 AUTO = {torch.float32: 2.0**-21, torch.float64: 2.0**-21}
 AUTO_16 = 2.0**-19
 
+_Factors = tuple[Tensor, Tensor]  # of a product
+
 
 def threshold(filter_eps: float | str | None, dtype: torch.dtype) -> float:
     """Return the mean probability below which a word is quiet; 0.0 for no filter.
@@ -141,10 +143,10 @@ class RowFilter:
         anchor: Tensor,  # (n,)
         total: Tensor,  # (n,) of this block and those before
         decay: Tensor,  # (n,) from the last anchor to this
-    ) -> tuple[Tensor, Tensor]:
-        """Return what to multiply in place of P W: the loud words and, in the last place, the mean.
+    ) -> tuple[_Factors, _Factors | None]:
+        """Return what to multiply in place of P W, and (d, mu) of the quiet words, to be added.
 
-        P and W themselves where the filter would not pay or leave out too much.
+        P and W themselves, and None, where the filter would not pay or leave out too much.
         """
         n, v = p.shape
         self._mass[:number].mul_(decay)
@@ -155,21 +157,22 @@ class RowFilter:
         loud = self._is_label[start : start + v] | (q_wrong > self._eps * n)
         words = loud.nonzero().squeeze(1)
         if words.numel() > MOST_LOUD * v:
-            return p, weight
-        places = torch.cat([words, words.new_zeros(1)])  # one more, for the mean of the others
-        p_loud = p.index_select(1, places)
-        d = (row_sums - p_loud[:, :-1].sum(1)).clamp_min_(0)
+            return (p, weight), None
+        p_loud = p.index_select(1, words)
+        d = (row_sums - p_loud.sum(1)).clamp_min_(0)
         if not (row_weights[0] * d).max() <= MOST_QUIET:  # nor where it is NaN
-            return p, weight
+            return (p, weight), None
         q.masked_fill_(loud, 0)
-        some = q.sum().clamp_min_(torch.finfo(q.dtype).tiny)
-        w_loud = weight.index_select(0, places)
-        w_loud[-1] = (matmul(q.unsqueeze(0).to(weight.dtype), weight, q.dtype) / some).squeeze(0)
-        p_loud[:, -1] = d
+        # Relative to the largest: fp16 holds nothing below 6e-8, as all of a confident row's q may be.
+        least = torch.finfo(q.dtype).tiny
+        shares = q / q.amax().clamp_min_(least)
+        mu = matmul(shares.unsqueeze(0).to(weight.dtype), weight, q.dtype).squeeze(0)
+        mu /= shares.sum().clamp_min_(least)
         if self._mass.shape[0]:
             self._weights[start : start + v] = q.masked_fill_(loud, -1)
             self._mass[number] = d
-        return p_loud, w_loud
+        # Not as one more column: the sum d may be more than 16 bits hold.
+        return (p_loud, weight.index_select(0, words)), (d, mu)
 
     def quiet(self, share: Tensor) -> Quiet:
         """Return what was left out; share (n,) makes exp(z - anchor) a probability."""

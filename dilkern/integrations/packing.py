@@ -102,7 +102,7 @@ def check_packing(model: Any, answers: int = 1) -> None:
             want = model(**batch, labels=labels, dil_head=True).token_logps
             try:
                 have = model(**row.inputs, dil_head=True).token_logps
-            except (RuntimeError, TypeError, IndexError) as failure:
+            except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as failure:
                 reject(
                     "packed rows (padding_free, shared_prompts) need a model that takes them",
                     f"{name}: {failure}",

@@ -285,9 +285,9 @@ def pack(
         `row.sequences`, as the padded batch gives it. One device sync.
 
     Raises:
-        ValueError: S is no multiple of A, or the batch has anything else for the model, such as
-            images or token types: what positions and masks a model makes of them in a packed row is
-            its own affair.
+        ValueError: S is no multiple of A; labels on padding, or padding inside a sequence; or the
+            batch has anything else for the model, such as images or token types: what positions and
+            masks a model makes of them in a packed row is its own affair.
 
     Example:
         >>> import torch
@@ -307,7 +307,8 @@ def pack(
             "Set padding_free=False and shared_prompts=False, or leave them out of the batch.",
         )
     ids = inputs["input_ids"]
-    check_positive("answers", answers)
+    if not isinstance(answers, int) or isinstance(answers, bool) or answers < 1:
+        reject("`answers` must be a whole number > 0", repr(answers), "Pass answers=2 for pairs.")
     if len(ids) % answers:
         reject(
             f"a batch of {answers} answers per prompt has a multiple of {answers} sequences",
@@ -329,6 +330,18 @@ def pack(
     ids, mask, labels = torch.stack([ids, mask, labels.to(ids.dtype)]).cpu()
     real = mask.bool()
     lengths = real.sum(1)
+    if ((labels != IGNORE_INDEX) & ~real).any():
+        reject(
+            "packed rows have no padding to score",
+            "labels other than -100 where attention_mask is 0",
+            "Set labels to -100 there.",
+        )
+    if (real[:, 1:] & ~real[:, :-1]).sum(1).add(real[:, 0]).gt(1).any():
+        reject(
+            "a packed sequence is one run of tokens, padded on either side",
+            "an attention_mask with a gap",
+            "Leave out the padding inside sequences; a token of the text is 1 in the mask.",
+        )
     # The tokens of each sequence to its start, wherever the padding is.
     origin = real.byte().argsort(dim=1, descending=True, stable=True)
     ids, labels = ids.gather(1, origin), labels.gather(1, origin)

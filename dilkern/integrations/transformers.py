@@ -120,6 +120,8 @@ def install_head(
 ) -> None:
     """Teach a causal LM the keyword `dil_head=True`; any other call of it is unchanged.
 
+    4-bit layers are kept trainable on CPUs: see `keep_trainable`.
+
     `model(input_ids, attention_mask=..., labels=labels, dil_head=True)` returns a `DILOutput` whose
     token_logps (S, L) belong to `labels` (aligned with input_ids, -100 ignored). Installing again
     only changes the options. Deep copies carry a head of their own; an unpickled model needs it anew.
@@ -132,6 +134,7 @@ def install_head(
         ValueError: the head of the model is not known (see `LMHead.from_model`).
     """
     model = unwrap(model)
+    keep_trainable(model)
     installed = getattr(model, "_dil_head", None)
     # Pickle stores a bound method by its name: of our forward it gives back the class's own.
     if installed is not None and model._dil_forward.__func__ is not type(model).forward:
@@ -180,13 +183,20 @@ def remove_head(model: Any) -> None:
 def labels_of(inputs: Mapping[str, Tensor]) -> Tensor:
     """Return `labels` of a batch, or input_ids where completion_mask is 1; -100 where not scored.
 
+    A sequence's first token is not: nothing predicts it, padding before it neither.
+
     Raises:
         ValueError: none of the batch is to be scored, which would be a loss of 0 that says nothing.
     """
     labels = inputs.get("labels")
     if labels is None:
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
-    labels = mask_first_labels(labels, ignore_index=IGNORE_INDEX)
+    labels, mask = (
+        mask_first_labels(labels, ignore_index=IGNORE_INDEX),
+        inputs.get("attention_mask"),
+    )
+    if mask is not None:  # the first token may stand behind padding
+        labels = labels.masked_fill((mask.cumsum(1) == 1) & (mask != 0), IGNORE_INDEX)
     if not torch.compiler.is_compiling() and not (labels != IGNORE_INDEX).any():
         reject(
             "a batch must have a token to score, one of a completion with another before it",
@@ -340,7 +350,6 @@ class PreferenceMixin:
         self.ref_model, self.answers = ref_model, answers
         for model in (self.model, ref_model):
             if model is not None:
-                keep_trainable(model)
                 install_head(model)
         if ref_model is not None:
             ref_model.requires_grad_(False).eval().to(self.accelerator.device)

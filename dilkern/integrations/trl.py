@@ -53,7 +53,6 @@ from dilkern.integrations.rows import pack
 from dilkern.integrations.transformers import (
     DILOutput,
     install_head,
-    keep_trainable,
     labels_of,
 )
 from dilkern.integrations.trl_config import DILConfig
@@ -448,7 +447,6 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
     def _install(self, model: Any) -> None:
         self._until_installed.close()
         model = self.accelerator.unwrap_model(model)
-        keep_trainable(model)
         args = self.args
         install_head(
             model,

@@ -19,7 +19,7 @@ from dilkern.integrations.packing import check_attention
 from dilkern.losses import Loss, get_loss
 from dilkern.objective import Objective
 from dilkern.options import OPTION_NAMES, LossOptions, described
-from dilkern.validation import check_choice, check_positive, reject
+from dilkern.validation import check_bool, check_choice, check_positive, reject
 
 # Options of DPOConfig that DILTrainer does not have: (name, the value that means "not asked for",
 # what to do instead).
@@ -142,6 +142,8 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
             if value != neutral:
                 reject(f"DILTrainer has no `{name}`", repr(value), remedy)
         _check_report_to(self.report_to)
+        for name in ("padding_free", "shared_prompts"):
+            check_bool(name, getattr(self, name))
         init: Any = self.model_init_kwargs or {}
         packed = self.padding_free or self.shared_prompts
         check_attention(init.get("attn_implementation"), self.device, packed)

@@ -168,6 +168,9 @@ def test_lora_on_the_head():
         assert (x - y).norm() < 1e-9 * y.norm()
     exact = gradients(hidden, head, labels, a, b, g=options["g"])
     assert (got[0] - exact[1]).norm() > 1e-5 * exact[1].norm()
+    reports = [filter_report(hidden, h, labels, filter_eps=2**-10) for h in (head, merged)]
+    for mine, its in zip(*reports):
+        torch.testing.assert_close(mine, its)
 
 
 def test_a_row_of_nan_stays_in_its_row():
@@ -232,7 +235,25 @@ def test_the_command_line_gives_numbers_as_text(tmp_path):
     assert DILConfig(str(tmp_path), filter_eps="auto").filter_eps == "auto"
 
 
-def test_a_report_needs_a_scored_label():
+def test_a_report_needs_a_filter_and_a_scored_label():
     hidden, weight, labels = problem()
     with pytest.raises(ValueError, match="a report needs a label that is scored"):
         filter_report(hidden, weight, torch.full_like(labels, -100))
+    with pytest.raises(ValueError, match="a report needs a filter"):
+        filter_report(hidden, weight, labels, filter_eps=None)
+
+
+def test_quiet_words_of_confident_rows_keep_their_mean_in_fp16():
+    """Their probabilities are below what fp16 holds; their mean, which u leans on, is not."""
+    hidden, weight, _ = problem(peak=1.0, rows=2, vocab=8000)
+    hidden, weight = hidden * 0.1, weight + 2.0  # near uniform, with a direction that all share
+    bias = torch.zeros(8000)
+    bias[0], bias[1:41] = 30.0, 6.0  # the label, and words with two thirds of what is left
+    labels, options = torch.zeros(2, dtype=torch.long), {"filter_eps": 2**-8}
+    hidden, weight, bias = (tensor.half() for tensor in (hidden, weight, bias))
+    narrow, wide = (
+        filter_report(hidden.to(t), DenseHead(weight.to(t), bias.to(t)), labels, **options)
+        for t in (torch.float16, torch.float32)
+    )
+    assert narrow.loud < 0.1 and 0 < narrow.quiet_mass.max() < 1e-8
+    torch.testing.assert_close(narrow.gradient_norm, wide.gradient_norm, rtol=1e-3, atol=0)

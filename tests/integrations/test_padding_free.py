@@ -156,6 +156,7 @@ def test_what_cannot_be_shared_cut_or_grouped_is_refused(quick, tmp_path):
         ({"max_tokens_per_batch": 9, "shared_prompts": True, "loss_type": "kto"}, "which examples"),
         ({"max_tokens_per_batch": 9, "padding_free": True, "optim": "lomo"}, "steps in each"),
         ({"train_sampling_strategy": "group_by_length", "loss_type": "kto"}, "which examples"),
+        ({"shared_prompts": "no"}, "`shared_prompts` must be True or False"),
         ({"shared_prompts": True, "torch_compile": True}, "would compile anew"),
         ({"train_sampling_strategy": "batch_rebalance"}, "must hold as many pairs"),
     ):

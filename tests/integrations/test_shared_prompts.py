@@ -208,6 +208,18 @@ def test_padding_may_be_on_either_side(side):
     torch.testing.assert_close(logps[labels != -100], want[its_labels != -100])
 
 
+@pytest.mark.parametrize("answers", [None, 1, 2])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_first_token_is_not_scored_behind_padding_either(side, answers):
+    batch, labels = batch_of([([], ([5, 6], [7])), ([2], ([3], [4, 8]))], side)
+    output = compute_loss(
+        build("Llama"), {**batch, "labels": labels}, loss="simpo", answers=answers
+    )
+    assert output.chosen_lengths.tolist() == [1, 1]
+    assert output.rejected_lengths.tolist() == [0, 2]
+    assert output.rejected_logps[0] == 0
+
+
 @pytest.mark.usefixtures("exact")
 def test_nothing_is_shared_where_nothing_is_common():
     batch, labels = batch_of(PAIRS)
@@ -271,7 +283,11 @@ def test_rows_within_a_budget_hold_whole_pairs_in_order():
             torch.testing.assert_close(part, whole[row.sequences], rtol=0, atol=1e-10)
     (row,) = pack(batch, labels, max_tokens=50)
     assert row.sequences is None
-    for answers, together, message in ((3, None, "multiple of 3"), (2, 3, "`together`")):
+    for answers, together, message in (
+        (3, None, "multiple of 3"),
+        (2.0, None, "`answers` must be a whole number"),
+        (2, 3, "`together`"),
+    ):
         with pytest.raises(ValueError, match=message):
             pack(batch, labels, answers=answers, together=together)
 
@@ -468,6 +484,31 @@ def test_anything_beside_ids_and_mask_is_refused():
     batch, labels = batch_of(PAIRS)
     with pytest.raises(ValueError, match="received token_type_ids"):
         pack({**batch, "token_type_ids": batch["input_ids"]}, labels)
+
+
+def test_the_check_leaves_four_bit_layers_trainable():
+    """In eval mode bitsandbytes would repack them on some CPUs, for good and without a gradient."""
+    model = tiny.build()
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.support_avx512bf16_for_cpu = True  # as of Linear4bit on such a CPU
+    install_head(model)
+    check_packing(model, 2)
+    assert not layer.support_avx512bf16_for_cpu
+
+
+def test_scored_padding_and_gaps_are_refused():
+    batch, labels = batch_of(PAIRS)
+    with pytest.raises(ValueError, match="labels other than -100 where attention_mask is 0"):
+        pack(batch, labels.masked_fill(batch["attention_mask"] == 0, 0))
+    mask = batch["attention_mask"].clone()
+    mask[0, 3] = 0
+    with pytest.raises(ValueError, match="attention_mask with a gap"):
+        pack({**batch, "attention_mask": mask}, labels)
+
+
+def test_a_model_that_fails_on_the_row_is_refused_by_name():
+    config = transformers.BloomConfig(vocab_size=37, hidden_size=16, n_layer=1, n_head=2)
+    assert "BloomForCausalLM: " in refusal(transformers.BloomForCausalLM(config))
 
 
 SMOLLM2 = os.environ.get("DILKERN_SMOLLM2", "")
