@@ -91,7 +91,7 @@ def fold_block(
         u_ptr=u,
         n=n,
         v=p.shape[1],
-        d=u.shape[1],
+        d=u.shape[1] if u.shape[0] else 0,
         tiles=tiles,
         stride_p=p.stride(0),
         stride_u=u.stride(0),
