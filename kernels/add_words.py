@@ -19,12 +19,30 @@ from dilkern.kernels.split_words import CHUNKS, Split
 from dilkern.kernels.tile_math import Mean
 
 
+@triton.jit
+def _add_tile(acc, row, column, mean, u_ptr, stride_u, n, d, d_words, CHUNKS: tl.constexpr):
+    """U += acc and what the rows have of the mean word, from this row and column on."""
+    offs_t = row + tl.arange(0, acc.shape[0])
+    offs_d = column + tl.arange(0, acc.shape[1])
+    mask_t, mask_d = (offs_t < n)[:, None], (offs_d < d)[None, :]
+    if mean is not None:
+        mu = tl.zeros((acc.shape[1],), dtype=tl.float32)
+        share = 1.2e-38  # not 0, where no word is quiet
+        for chunk in tl.range(0, CHUNKS):
+            mu += tl.load(mean.sums + chunk * d_words + offs_d, mask=offs_d < d, other=0.0)
+            share += tl.load(mean.shares + chunk)
+        mu = mu / share
+        acc += tl.load(mean.mass + offs_t[:, None], mask=mask_t, other=0.0) * mu[None, :]
+    u_ptrs = u_ptr + offs_t.to(tl.int64)[:, None] * stride_u + offs_d[None, :]
+    tl.store(u_ptrs, tl.load(u_ptrs, mask=mask_t & mask_d, other=0.0) + acc, mask=mask_t & mask_d)
+
+
 # Not `v`, `width` and `d`: masks of unknown alignment cost every vector access.
 @triton.jit(do_not_specialize=["n"])
 def _add_words_kernel(
     p,  # (n, width), pointer or descriptor
     stride_p,
-    words,  # (v, d), pointer or descriptor
+    words,  # (v, d_words), pointer or descriptor
     stride_w,
     index_ptr,  # (k,) which words; None for all of them
     bound_ptr,  # (1,) how many; -1: nothing is to be done
@@ -35,6 +53,7 @@ def _add_words_kernel(
     v,
     width,
     d,
+    d_words,  # d, or more where rows are padded to be aligned
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -79,30 +98,23 @@ def _add_words_kernel(
                 if EVEN_D:
                     right = tl.load(w_ptrs)
                 else:
-                    right = tl.load(w_ptrs, mask=offs_d[None, :] < d, other=0.0)
+                    right = tl.load(w_ptrs, mask=offs_d[None, :] < d_words, other=0.0)
             acc = tl.dot(left, right, acc, input_precision=PRECISION)
-        rows = row + tl.arange(0, BLOCK_T)
-        mask_t = rows < n
-        if mean is not None:
-            chunks = tl.arange(0, CHUNKS)
-            share = tl.maximum(tl.sum(tl.load(mean.shares + chunks), 0), 1.2e-38)
-            at = mean.sums + chunks[:, None] * d + offs_d[None, :]
-            mu = tl.sum(tl.load(at, mask=offs_d[None, :] < d, other=0.0), 0) / share
-            mass = tl.load(mean.mass + rows, mask=mask_t, other=0.0)
-            acc += mass[:, None] * mu[None, :]
-        inside = mask_t[:, None] & (offs_d[None, :] < d)
-        u_ptrs = u_ptr + rows.to(tl.int64)[:, None] * stride_u + offs_d[None, :]
-        tl.store(u_ptrs, tl.load(u_ptrs, mask=inside, other=0.0) + acc, mask=inside)
+        # In two halves: U and its addresses beside the whole tile would not fit the registers.
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_T, 2, BLOCK_D // 2)), (0, 2, 1)))
+        _add_tile(left, row, column, mean, u_ptr, stride_u, n, d, d_words, CHUNKS)
+        column += BLOCK_D // 2
+        _add_tile(right, row, column, mean, u_ptr, stride_u, n, d, d_words, CHUNKS)
 
 
 def add_words(
     u: Tensor,  # (n, D) fp32, updated
     p: Tensor,  # (n, v)
-    weight: Tensor,  # (v, D)
+    weight: Tensor,  # (v, D), or more columns, which do not count
     split: Split,
 ) -> None:
     """Add what the words of a block come to: of two launches one finds that there is nothing to do."""
-    mean = Mean(split.sums, split.shares, split.mass)
+    mean = Mean(split.sums.view(-1), split.shares, split.mass)
     _launch(u, split.p, weight, split.words, split.bounds[:1], mean)
     _launch(u, p, weight, None, split.bounds[1:], None)
 
@@ -130,6 +142,7 @@ def _launch(
         v=weight.shape[0],
         width=width,
         d=d,
+        d_words=weight.shape[1],
         BLOCK_T=config.block_t,
         BLOCK_V=config.block_v,
         BLOCK_D=config.block_d,
@@ -137,7 +150,7 @@ def _launch(
         DESCRIPTORS=config.descriptors,
         WHOLE_ROWS=whole_rows,
         EVEN_V=width % config.block_v == 0,
-        EVEN_D=d % config.block_d == 0,
+        EVEN_D=weight.shape[1] % config.block_d == 0,
         PRECISION=configs.input_precision(p.dtype),
         **config.launch(0.0),
     )

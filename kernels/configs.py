@@ -87,13 +87,14 @@ _TILES_32 = {
 _PRODUCTS_16 = {
     "sm_80": Tile(128, 32, 128, 8, 3),
     "sm_86": Tile(128, 32, 128, 8, 3),
-    "sm_90": Tile(128, 64, 256, 8, 3, descriptors=True),
+    "sm_90": Tile(128, 64, 128, 8, 3, descriptors=True),
     "sm_100": Tile(128, 64, 128, 8, 3, descriptors=True),
     "sm_120": Tile(128, 32, 128, 8, 3),
     "gfx942": Tile(128, 32, 128, 8, 2),
     "interpreter": Tile(32, 16, 64, 1, 1),
 }
 _PRODUCTS_32 = {
+    "sm_100": Tile(64, 16, 64, 4, 3),
     "gfx942": Tile(64, 32, 64, 4, 2),
     "interpreter": Tile(32, 16, 64, 1, 1),
 }

@@ -23,7 +23,7 @@ def _fold_block_kernel(
     tiles,
     stride_p,
     stride_u,
-    rescale,  # run-time: the state has the same bits with and without P and U
+    rescale,  # 1: P, 2: U too. Run-time: the state has the same bits with and without them
     TILE_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -66,7 +66,7 @@ def _fold_block_kernel(
                 tl.store(ptrs, p.to(p_ptr.dtype.element_ty), mask=inside)
             shift = tl.where(moved, old, 0.0) - tl.where(moved, anchor, 0.0)
             decay = tl.exp2(shift)[:, None]
-            for a in tl.range(0, d, BLOCK):
+            for a in tl.range(0, tl.where(rescale == 2, d, 0), BLOCK):
                 inside = moved[:, None] & (a + offs < d)
                 ptrs = u_ptr + rows * stride_u + a + offs
                 tl.store(ptrs, tl.load(ptrs, mask=inside, other=0.0) * decay, mask=inside)
@@ -91,11 +91,11 @@ def fold_block(
         u_ptr=u,
         n=n,
         v=p.shape[1],
-        d=u.shape[1] if u.shape[0] else 0,
+        d=u.shape[1],
         tiles=tiles,
         stride_p=p.stride(0),
         stride_u=u.stride(0),
-        rescale=int(p.shape[0] > 0),
+        rescale=int(p.shape[0] > 0) + int(u.shape[0] > 0),
         TILE_V=tile,
         BLOCK_T=config.block_t,
         BLOCK=config.block,

@@ -227,6 +227,8 @@ def split_words(
     device, most = p.device, int(most_loud * v)
     assert p.stride(1) == weight.stride(1) == weights.stride(0) == mass.stride(0) == 1
     assert state.stride(1) == 1
+    # As many bytes in flight of fp32 as of 16-bit P.
+    block_t = configs.mass(device).block_t * 2 // p.element_size()
     rows, moved, mean = configs.mass(device), configs.take(device), configs.mean(device)
     step = configs.product(device, p.dtype).block_v
     tiles, width = triton.cdiv(v, rows.block), triton.cdiv(max(most, 1), step) * step
@@ -244,7 +246,7 @@ def split_words(
         n=n,
         v=v,
         limit=float(limit),
-        BLOCK_T=rows.block_t,
+        BLOCK_T=block_t,
         BLOCK=rows.block,
         **rows.launch,
     )

@@ -53,7 +53,7 @@ class State(NamedTuple):
 class Mean(NamedTuple):
     """The mean of a block's quiet words, and what each row has of it (kernels/split_words.py)."""
 
-    sums: Any  # (CHUNKS, D) of weighted words
+    sums: Any  # (CHUNKS * D,) of weighted words
     shares: Any  # (CHUNKS,) of the weights
     mass: Any  # (n,)
 

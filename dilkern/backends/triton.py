@@ -194,7 +194,7 @@ class _RowFilter:
         self,
         sums: Tensor,  # (n, D) updated, or (0, D)
         p: Tensor,  # (n, v)
-        weight: Tensor,  # (v, D)
+        weight: Tensor,  # (v, D), or more columns, which do not count
         number: int,  # of the block
         start: int,
         state: Tensor,  # (3, n)
@@ -278,7 +278,7 @@ def _pass(
             fold_block(partial, state[:, part], p, sums[part], tile=tile)
             del h, w, partial
             if row_filter is not None:
-                row_filter.add(sums[part], p, weight[:, :width], number, start, state[:, part])
+                row_filter.add(sums[part], p, weight, number, start, state[:, part])
             elif held:
                 add_matmul(sums[part], p, weight[:, :width])
             del p
