@@ -23,7 +23,7 @@ def _fold_block_kernel(
     tiles,
     stride_p,
     stride_u,
-    rescale,  # 1: P, 2: U too. Run-time: the state has the same bits with and without them
+    rescale,  # run-time: the state has the same bits with and without P and U
     TILE_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -66,7 +66,7 @@ def _fold_block_kernel(
                 tl.store(ptrs, p.to(p_ptr.dtype.element_ty), mask=inside)
             shift = tl.where(moved, old, 0.0) - tl.where(moved, anchor, 0.0)
             decay = tl.exp2(shift)[:, None]
-            for a in tl.range(0, tl.where(rescale == 2, d, 0), BLOCK):
+            for a in tl.range(0, d, BLOCK):
                 inside = moved[:, None] & (a + offs < d)
                 ptrs = u_ptr + rows * stride_u + a + offs
                 tl.store(ptrs, tl.load(ptrs, mask=inside, other=0.0) * decay, mask=inside)
@@ -95,7 +95,7 @@ def fold_block(
         tiles=tiles,
         stride_p=p.stride(0),
         stride_u=u.stride(0),
-        rescale=int(p.shape[0] > 0) + int(u.shape[0] > 0),
+        rescale=int(p.shape[0] > 0),
         TILE_V=tile,
         BLOCK_T=config.block_t,
         BLOCK=config.block,

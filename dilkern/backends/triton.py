@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dilkern.backends import word_filter
 from dilkern.backends.base import (
     Blocks,
     Bytes,
@@ -33,8 +34,6 @@ from dilkern.backends.base import (
     wide_products,
 )
 from dilkern.backends.word_filter import (
-    MOST_LOUD,
-    MOST_QUIET,
     Cut,
     QuietGradient,
     expected_words,
@@ -192,7 +191,7 @@ class _RowFilter:
 
     def add(
         self,
-        sums: Tensor,  # (n, D) updated, or (0, D)
+        sums: Tensor | None,  # (n, D) updated
         p: Tensor,  # (n, v)
         weight: Tensor,  # (v, D), or more columns, which do not count
         number: int,  # of the block
@@ -207,9 +206,10 @@ class _RowFilter:
         split = split_words(
             p, weight, state, Outlook(self._peak, self._to_come[number], self._z_y),
             self._is_label[words], weights, mass,
-            limit=self._sieve.eps * p.shape[0], most_loud=MOST_LOUD, most_quiet=MOST_QUIET,
+            limit=self._sieve.eps * p.shape[0],
+            most_loud=word_filter.MOST_LOUD, most_quiet=word_filter.MOST_QUIET,
         )  # fmt: skip
-        if sums.shape[0]:
+        if sums is not None:
             add_words(sums, p, weight, split)
         if keep:
             whole = split.bounds[1] >= 0
@@ -251,7 +251,10 @@ def _pass(
     state = hidden.new_full((3, n), -torch.inf, dtype=torch.float32)
     state[1].zero_()
     anchor = state[2]
-    sums = u.zero_() if u.dtype is torch.float32 else torch.zeros_like(u, dtype=torch.float32)
+    need_u, need_p = u.shape[0] > 0, u.shape[0] > 0 or sieve is not None
+    in_u = need_u and u.dtype is torch.float32
+    # Zeros also where P alone is asked for: `fold_block` is the same with it.
+    sums = u.zero_() if in_u else state.new_zeros(n if need_p else 0, width)
     config = configs.tile(hidden.device, dtype)
     tile = config.block_v if own else configs.chunk(hidden.device).block
     parts = list(row_blocks(0, n, blocks.rows))
@@ -269,7 +272,7 @@ def _pass(
             h, y, count = states(part), labels[part], part.stop - part.start
             tiles = triton.cdiv(end - start, tile)
             partial = h.new_empty(2, count, tiles, dtype=torch.float32)
-            held = 0 if sieve is None and not u.shape[0] else count  # rows of P
+            held = count if need_p else 0  # rows of P
             a, w = (h, weight) if own else (matmul(h, weight.t(), torch.float32), None)
             in_place = a.dtype is dtype and not own
             p = a[:held] if in_place else _rows_of(h, held, end - start, dtype)
@@ -278,8 +281,9 @@ def _pass(
             fold_block(partial, state[:, part], p, sums[part], tile=tile)
             del h, w, partial
             if row_filter is not None:
-                row_filter.add(sums[part], p, weight, number, start, state[:, part])
-            elif held:
+                into = sums[part] if need_u else None
+                row_filter.add(into, p, weight, number, start, state[:, part])
+            elif need_u:
                 add_matmul(sums[part], p, weight[:, :width])
             del p
         del weight
