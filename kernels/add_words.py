@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dilkern.kernels import configs
-from dilkern.kernels.operands import aligned
+from dilkern.kernels.operands import is_aligned
 from dilkern.kernels.split_words import CHUNKS, Split
 from dilkern.kernels.tile_math import Mean
 
@@ -125,8 +125,9 @@ def _launch(
     (n, d), width = u.shape, p.shape[1]
     assert u.stride(1) == p.stride(1) == weight.stride(1) == 1
     config = configs.product(u.device, p.dtype)
-    whole_rows = config.descriptors and index is None and aligned(weight, config) is weight
-    left: Any = _descriptor(p, config.block_t, config.block_v) if config.descriptors else p
+    tma = config.descriptors and is_aligned(p, config)
+    whole_rows = tma and index is None and is_aligned(weight, config)
+    left: Any = _descriptor(p, config.block_t, config.block_v) if tma else p
     right: Any = _descriptor(weight, config.block_v, config.block_d) if whole_rows else weight
     _add_words_kernel[(triton.cdiv(n, config.block_t) * triton.cdiv(d, config.block_d),)](
         p=left,
@@ -147,7 +148,7 @@ def _launch(
         BLOCK_V=config.block_v,
         BLOCK_D=config.block_d,
         CHUNKS=CHUNKS,
-        DESCRIPTORS=config.descriptors,
+        DESCRIPTORS=tma,
         WHOLE_ROWS=whole_rows,
         EVEN_V=width % config.block_v == 0,
         EVEN_D=weight.shape[1] % config.block_d == 0,
