@@ -108,17 +108,18 @@ def _run_op(case: Case) -> Iterator[str]:
 
 
 def _run_filter(case: Case) -> Iterator[str]:
-    """Forward with the word filter; its head's backward launches what others do (dz_tile)."""
+    """Forward with and without the word filter; its head's backward launches what others do."""
     (t, v, d), dtype = case.shape, getattr(torch, case.dtype)
     head = lm_head.DenseHead(_meta(v, d, dtype=dtype))
+    hidden = _meta(t, d, dtype=dtype)
     rows, labels = (_meta(t, dtype=torch.int64) for _ in range(2))
+    sizes = {"workspace_bytes": WORKSPACE, "need_u": True}
+    backend.forward(hidden, rows, labels, head, **sizes)
+    yield "forward without the filter"
     # Which words are expected is found on the host.
     expected = _meta(min(v, 1000), dtype=torch.int64)
     with mock.patch.object(backend, "expected_words", lambda *_: expected):
-        backend.forward(
-            _meta(t, d, dtype=dtype), rows, labels, head,
-            workspace_bytes=WORKSPACE, need_u=True, filter_eps=2**-19, need_quiet=True,
-        )  # fmt: skip
+        backend.forward(hidden, rows, labels, head, filter_eps=2**-19, need_quiet=True, **sizes)
     yield "forward with the filter"
 
 
