@@ -116,7 +116,7 @@ _MASS_ANY = Rows(128, 64, 8)
 _TAKE = {"interpreter": Rows(32, 128, 1)}
 _TAKE_ANY = Rows(2, 2048, 8)
 _MEAN = {"interpreter": Rows(32, 64, 1)}
-_MEAN_ANY = Rows(16, 256, 8)
+_MEAN_ANY = Rows(8, 256, 4)
 _SEQUENCE = {"interpreter": Rows(1, 64, 1)}
 _SEQUENCE_ANY = Rows(1, 1024, 4)
 
