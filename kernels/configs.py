@@ -82,6 +82,24 @@ _TILES_32 = {
     "interpreter": Tile(32, 64, 64, 1, 1),
 }
 
+# U += P W over loud words: T tokens x D columns, V words at a time. The words' rows lie apart, so
+# they come by pointers everywhere; descriptors are for P, and for a block that is taken whole.
+_PRODUCTS_16 = {
+    "sm_80": Tile(128, 32, 128, 8, 3),
+    "sm_86": Tile(128, 32, 128, 8, 3),
+    "sm_90": Tile(128, 64, 128, 8, 3, descriptors=True),
+    "sm_100": Tile(128, 64, 128, 8, 3, descriptors=True),
+    "sm_120": Tile(128, 32, 128, 8, 3),
+    "gfx942": Tile(128, 32, 128, 8, 2),
+    "interpreter": Tile(32, 16, 64, 1, 1),
+}
+_PRODUCTS_32 = {
+    "sm_100": Tile(64, 16, 64, 4, 3),
+    "gfx942": Tile(64, 32, 64, 4, 2),
+    "interpreter": Tile(32, 16, 64, 1, 1),
+}
+_PRODUCTS_32_ANY = Tile(64, 32, 64, 4, 3)
+
 # One program of them holds block_t x block logits in registers where the library has multiplied.
 _CHUNK = {"interpreter": Rows(64, 128, 1)}
 _CHUNK_ANY = Rows(1, 4096, 8)
@@ -91,6 +109,14 @@ _DOT = {"interpreter": Rows(64, 64, 1)}
 _DOT_ANY = Rows(1, 1024, 4)
 _DECODE = {"interpreter": Rows(16, 64, 1)}
 _DECODE_ANY = Rows(4, 512, 4)
+# The word filter: probability of words (all rows, `block` words per program), loud columns side by
+# side, mean of the quiet words (block_t words x block columns).
+_MASS = {"interpreter": Rows(32, 64, 1)}
+_MASS_ANY = Rows(128, 64, 8)
+_TAKE = {"interpreter": Rows(32, 128, 1)}
+_TAKE_ANY = Rows(2, 2048, 8)
+_MEAN = {"interpreter": Rows(32, 64, 1)}
+_MEAN_ANY = Rows(8, 256, 4)
 _SEQUENCE = {"interpreter": Rows(1, 64, 1)}
 _SEQUENCE_ANY = Rows(1, 1024, 4)
 
@@ -156,6 +182,25 @@ def decode(device: torch.device) -> Rows:
 
 def sequence(device: torch.device) -> Rows:
     return _SEQUENCE.get(arch(device), _SEQUENCE_ANY)
+
+
+def product(device: torch.device, dtype: torch.dtype) -> Tile:
+    """The tile of `add_words`."""
+    if dtype is torch.float32:
+        return _PRODUCTS_32.get(arch(device), _PRODUCTS_32_ANY)
+    return _PRODUCTS_16[arch(device)]
+
+
+def mass(device: torch.device) -> Rows:
+    return _MASS.get(arch(device), _MASS_ANY)
+
+
+def take(device: torch.device) -> Rows:
+    return _TAKE.get(arch(device), _TAKE_ANY)
+
+
+def mean(device: torch.device) -> Rows:
+    return _MEAN.get(arch(device), _MEAN_ANY)
 
 
 def first_words(device: torch.device) -> int:

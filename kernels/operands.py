@@ -41,18 +41,27 @@ def transform_of(bias: Tensor | None, scale: float, softcap: float) -> Transform
     )
 
 
-def aligned(matrix: Tensor, config: configs.Tile) -> Tensor:
-    """Return `matrix` (r, D) itself if its rows are aligned, else a copy with zeros up to D'.
+def is_aligned(matrix: Tensor, config: configs.Tile) -> bool:
+    """Whether rows of `matrix` (r, D) can be loaded as the tile wants to.
 
     Descriptors (TMA) need rows that start on 16 bytes. Pointers need a D and a stride that 16
     divides, in elements: only that does Triton see, and without it cp.async is lost.
     """
-    rows, width = matrix.shape
-    unit = 16 // matrix.dtype.itemsize if config.descriptors else 16
-    whole = config.descriptors or width % unit == 0
-    placed = matrix.stride(1) == 1 and matrix.stride(0) % unit == 0 and matrix.data_ptr() % 16 == 0
-    if whole and placed:
+    unit = _unit(matrix, config)
+    whole = config.descriptors or matrix.shape[1] % unit == 0
+    placed = matrix.stride(1) == 1 and matrix.stride(0) % unit == 0
+    return whole and placed and matrix.data_ptr() % 16 == 0
+
+
+def _unit(matrix: Tensor, config: configs.Tile) -> int:
+    return 16 // matrix.dtype.itemsize if config.descriptors else 16
+
+
+def aligned(matrix: Tensor, config: configs.Tile) -> Tensor:
+    """Return `matrix` (r, D) itself if its rows are aligned, else a copy with zeros up to D'."""
+    if is_aligned(matrix, config):
         return matrix
+    (rows, width), unit = matrix.shape, _unit(matrix, config)
     copy = matrix.new_zeros(rows, -(-width // unit) * unit)
     copy[:, :width] = matrix
     return copy

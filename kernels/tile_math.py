@@ -50,6 +50,14 @@ class State(NamedTuple):
     anchor: Any  # the exponent that P and U are relative to
 
 
+class Mean(NamedTuple):
+    """The mean of a block's quiet words, and what each row has of it (kernels/split_words.py)."""
+
+    sums: Any  # (CHUNKS * D,) of weighted words
+    shares: Any  # (CHUNKS,) of the weights
+    mass: Any  # (n,)
+
+
 class Transform(NamedTuple):
     """What is between product x and logit: z = softcap tanh(scale (x + bias) / softcap)."""
 

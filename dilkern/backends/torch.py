@@ -26,7 +26,7 @@ from dilkern.backends.base import (
     states_of,
     weight_block,
 )
-from dilkern.backends.word_filter import QuietGradient, RowFilter, expected_words, joined
+from dilkern.backends.word_filter import Cut, QuietGradient, RowFilter, expected_words, joined
 
 # A row's anchor is moved when a logit passes it by more than this: exp stays in range in every
 # dtype that holds P (fp16: e^8 = 2981), and U is rescaled only rarely.
@@ -266,19 +266,20 @@ def head_backward(
     gradients, columns = head.new_gradients(needed), head.gradient_columns(needed)
     width, bias = hidden[:0, columns].shape[1], head.bias()
     g = grad_logps * head.scale
-    of_quiet = None
+    of_quiet, words_of = None, list(blocks.words(head.vocab_size))
     if quiet is not None:
         states = (hidden.index_select(0, rows[part])[:, columns].to(acc) for part in parts)
-        of_quiet = QuietGradient(quiet, parts, g, states)
+        cuts = [Cut(number, *words) for number, words in enumerate(words_of)]
+        of_quiet = QuietGradient(quiet, parts, cuts, g, states)
     # exp(z - lse) is exp(z - lse[0]) but for this factor, which g takes in.
     correction = torch.exp(-lse[1])
     miss = -torch.expm1(logps) / correction
     g = g * correction
-    for number, (start, end) in enumerate(blocks.words(head.vocab_size)):
+    for number, (start, end) in enumerate(words_of):
         whole = None
         loud: list[Tensor | None] = [None] * len(parts)
         if of_quiet is not None:
-            d_weight, d_bias, loud = of_quiet.block(number, start, end)
+            d_weight, d_bias, loud = of_quiet.block(number)
         else:
             d_weight = hidden.new_zeros(end - start, width, dtype=acc)
             d_bias = hidden.new_zeros(end - start, dtype=acc)

@@ -15,6 +15,7 @@ N scored tokens, n rows in work, V vocabulary, v words in work, k loud or expect
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,6 +94,27 @@ def expected_words(
     return ascending
 
 
+def words_to_come(
+    labels: Tensor,  # (n,)
+    expected: Tensor,  # (k,) ascending words
+    z: Tensor,  # (n, k) their logits, overwritten
+    blocks: Blocks,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the peak (n,) of the expected wrong words, and (blocks, n) what is yet to come.
+
+    That is the sum of exp(z - peak) over those after each block.
+    """
+    z.masked_fill_(expected == labels.unsqueeze(1), -torch.inf)
+    lowest = z.new_full((z.shape[0], 1), torch.finfo(z.dtype).min)
+    peak = torch.cat([z, lowest], 1).amax(1)
+    sums = z.sub_(peak.unsqueeze(1)).exp_().flip(1).cumsum(1).flip(1)
+    sums = torch.nn.functional.pad(sums, (0, 1))
+    ends = torch.tensor([end for _, end in blocks.words(vocab_size)], device=z.device)
+    first = torch.searchsorted(expected, ends)
+    return peak, sums.index_select(1, first).t().contiguous()
+
+
 class RowFilter:
     """The filter of one block of rows, through all blocks of words.
 
@@ -121,17 +143,9 @@ class RowFilter:
         self._eps, self._z_y = eps, z_y
         self._is_label = torch.zeros(vocab_size, dtype=torch.bool, device=z.device)
         self._is_label[labels] = True
-        # What the expected words after each block will add, relative to the peak of them all.
-        lowest = torch.finfo(z.dtype).min
-        z.masked_fill_(expected == labels.unsqueeze(1), -torch.inf)
-        self._peak = torch.cat([z, torch.full_like(z_y, lowest).unsqueeze(1)], 1).amax(1)
-        sums = z.sub_(self._peak.unsqueeze(1)).exp_().flip(1).cumsum(1).flip(1)
-        sums = torch.nn.functional.pad(sums, (0, 1))
-        ends = [end for _, end in blocks.words(vocab_size)]
-        first = torch.searchsorted(expected, torch.tensor(ends, device=z.device))
-        self._to_come = sums.index_select(1, first).t().contiguous()
+        self._peak, self._to_come = words_to_come(labels, expected, z, blocks, vocab_size)
         self._weights = z.new_full((vocab_size if keep else 0,), -1)
-        self._mass = torch.zeros_like(self._to_come[: len(ends) if keep else 0])
+        self._mass = torch.zeros_like(self._to_come[: None if keep else 0])
 
     def split(
         self,
@@ -186,31 +200,54 @@ def joined(quiet: list[Quiet]) -> Quiet | None:
     return Quiet(torch.cat([q.weights for q in quiet]), torch.cat([q.mass for q in quiet], 1))
 
 
+class Cut(NamedTuple):
+    """Words [start, end) of the head, all in one block of the pass."""
+
+    number: int  # of that block
+    start: int
+    end: int
+
+
 class QuietGradient:
     """The gradient of the quiet words' part of the head: of each part one vector, in shares.
+
+    Which words are loud comes to the host here, once for all cuts.
 
     Args:
         quiet: of the pass.
         parts: its blocks of rows.
+        cuts: of its words, ascending, all of them.
         g: (N,) factor of each row.
         states: (n, D) of each part.
     """
 
     def __init__(
-        self, quiet: Quiet, parts: list[slice], g: Tensor, states: Iterable[Tensor]
+        self,
+        quiet: Quiet,
+        parts: list[slice],
+        cuts: list[Cut],
+        g: Tensor,
+        states: Iterable[Tensor],
     ) -> None:
-        self._quiet = quiet
         scaled = [quiet.mass[:, part] * g[part] for part in parts]
         self._weight = torch.stack([m @ h for m, h in zip(scaled, states)])  # (parts, blocks, D)
         self._bias = torch.stack([m.sum(1) for m in scaled])  # (parts, blocks)
+        self._q = quiet.weights.clamp_min(0)
+        sums = self._q.new_zeros(len(parts), len(quiet.mass))
+        for cut in cuts:
+            sums[:, cut.number] += self._q[:, cut.start : cut.end].sum(1)
+        self._sums = sums.clamp_min_(torch.finfo(sums.dtype).tiny)
+        loud = quiet.weights < 0
+        before = torch.nn.functional.pad(loud.cumsum(1), (1, 0))
+        self._bounds = before[:, [cut.start for cut in cuts] + [cuts[-1].end]].tolist()
+        self._loud = [row.nonzero().squeeze(1) for row in loud]
+        self._cuts = cuts
 
-    def block(
-        self, number: int, start: int, end: int
-    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    def block(self, i: int) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """Return d_weight (v, D), d_bias (v,), and the loud words of each part; None if all are."""
-        q = self._quiet.weights[:, start:end]
-        some = q.clamp_min(0).sum(1, keepdim=True).clamp_min_(torch.finfo(q.dtype).tiny)
-        shares = -(q.clamp_min(0) / some).t()
-        is_loud = q < 0
-        loud = [None if row.all() else row.nonzero().squeeze(1) for row in is_loud]
-        return shares @ self._weight[:, number], shares @ self._bias[:, number], loud
+        number, start, end = self._cuts[i]
+        shares = -(self._q[:, start:end] / self._sums[:, number].unsqueeze(1)).t()
+        words: list[Tensor | None] = []
+        for (a, b), found in zip((x[i : i + 2] for x in self._bounds), self._loud):
+            words.append(found[a:b] - start if b - a < end - start else None)
+        return shares @ self._weight[:, number], shares @ self._bias[:, number], words

@@ -184,4 +184,8 @@ def capture(arch: str, chosen: Iterable[Case]) -> tuple[list[Seen], list[str]]:
                 wrong.append(f"{case}: launches nothing")
             if keys.get("forward with gradient") != keys.get("forward without gradient"):
                 wrong.append(f"{case}: other kernels with gradient than without")
+            if not {*keys.get("forward without the filter", ())} <= {
+                *keys.get("forward with the filter", ())
+            }:
+                wrong.append(f"{case}: other kernels with the filter than without")
     return list(recorder.seen.values()), wrong

@@ -32,7 +32,7 @@ class Case(NamedTuple):
     """One call of the backend or of a small op."""
 
     kind: str  # dense, own (dense, with our own product in any case), tile (own, with the
-    # candidates of 256 words), lora, decode or sequence
+    # candidates of 256 words), lora, filter, decode or sequence
     dtype: str
     variant: str
     shape: tuple[int, ...]  # (T, V, D), (V, D, blocksize) or (S, T)
@@ -61,6 +61,11 @@ def cases() -> Iterator[Case]:
     yield Case("tile", "bfloat16", "plain", EVEN[0])
     for dtype in ("bfloat16", "float32"):
         yield Case("lora", dtype, "plain", (300, 32000, 1024), quick=dtype == "bfloat16")
+    for shape in RAGGED + EVEN:
+        yield Case("filter", "bfloat16", "plain", shape, quick=shape in EVEN)
+    for shape in (RAGGED[2], EVEN[1]):
+        yield Case("filter", "float32", "plain", shape, quick=shape in EVEN)
+    yield Case("filter", "float16", "plain", EVEN[1])
     for variant in ("flat", "nested"):
         for width in (33, 200, 4096):
             quick = width != 200
@@ -100,6 +105,22 @@ def _run_op(case: Case) -> Iterator[str]:
     results = (out.logps, out.lse, grad)
     backend.head_backward(hidden, rows, labels, head, *results, needed=needed, **sizes)
     yield "head backward"
+
+
+def _run_filter(case: Case) -> Iterator[str]:
+    """Forward with and without the word filter; its head's backward launches what others do."""
+    (t, v, d), dtype = case.shape, getattr(torch, case.dtype)
+    head = lm_head.DenseHead(_meta(v, d, dtype=dtype))
+    hidden = _meta(t, d, dtype=dtype)
+    rows, labels = (_meta(t, dtype=torch.int64) for _ in range(2))
+    sizes = {"workspace_bytes": WORKSPACE, "need_u": True}
+    backend.forward(hidden, rows, labels, head, **sizes)
+    yield "forward without the filter"
+    # Which words are expected is found on the host.
+    expected = _meta(min(v, 1000), dtype=torch.int64)
+    with mock.patch.object(backend, "expected_words", lambda *_: expected):
+        backend.forward(hidden, rows, labels, head, filter_eps=2**-19, need_quiet=True, **sizes)
+    yield "forward with the filter"
 
 
 def _run_decode(case: Case) -> Iterator[str]:
@@ -157,6 +178,7 @@ RUN = {
     "own": _run_own,
     "tile": _run_tiles,
     "lora": _run_op,
+    "filter": _run_filter,
     "decode": _run_decode,
     "sequence": _run_sequence,
 }
