@@ -75,7 +75,7 @@ def why_not(device: torch.device, dtype: torch.dtype | None = None) -> str | Non
     return None
 
 
-def _plan(
+def plan(
     num_tokens: int,
     head: HeadView,
     hidden: Tensor,
@@ -99,11 +99,12 @@ def _plan(
         # And what the word filter notes of a word.
         word=(0 if views else (4 + size) * width) + widened + 8 * (gradient_columns or 0) + 16,
         # fp32 logits become P in place; 16-bit P is a second block, widened where the library must.
-        # One byte for the partial sums of narrow tiles; when they are gone, and 16-bit P's logits
-        # with them, loud columns of P may take half of what P takes.
-        cell=(2 if size == 4 else 1)
-        + (4 if size == 4 or not own else 0)
-        + (size % 4)
+        # One byte for the partial sums of narrow tiles; when they and 16-bit P's logits are gone,
+        # the filter copies what is loud of P.
+        cell=max(
+            1 + (4 if size == 4 or not own else 0) + size % 4,
+            size + math.ceil(word_filter.MOST_LOUD * size),
+        )
         + (4 if widened else 0),
     )
     # Rows enough that U = P W fills a GPU (docs/kernels.md), few enough to leave room for words. A
@@ -142,7 +143,7 @@ def forward(
     """One pass over the vocabulary: log-probs and, if asked, the unscaled gradient u (4)-(6)."""
     n_tokens, width, dtype = rows.numel(), hidden.shape[1], hidden.dtype
     own = configs.own_product(hidden.device, dtype, width)
-    blocks = _plan(n_tokens, head, hidden, workspace_bytes, own=own)
+    blocks = plan(n_tokens, head, hidden, workspace_bytes, own=own)
     logps, lse = (hidden.new_empty(*k, n_tokens, dtype=torch.float32) for k in ((), (2,)))
     # fp16 cannot hold the small u of a confident token; its gradient is scaled later, by g.
     u_dtype = torch.float32 if dtype is torch.float16 else dtype
@@ -328,7 +329,7 @@ def head_backward(
     own = configs.own_product(hidden.device, dtype, hidden.shape[1])
     gradients, columns = head.new_gradients(needed), head.gradient_columns(needed)
     width = hidden[:0, columns].shape[1]
-    blocks = _plan(
+    blocks = plan(
         n_tokens, head, hidden, workspace_bytes,
         own=own, gradient_columns=width, gathers=quiet is not None,
     )  # fmt: skip
@@ -345,7 +346,7 @@ def head_backward(
     if quiet is None:
         parts = list(row_blocks(0, n_tokens, blocks.rows))
     else:  # what is quiet in a pass belongs to its blocks
-        of_pass = _plan(n_tokens, head, hidden, workspace_bytes, own=own)
+        of_pass = plan(n_tokens, head, hidden, workspace_bytes, own=own)
         parts = of_pass.parts(n_tokens)
         cuts = [
             Cut(number, *words)

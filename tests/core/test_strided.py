@@ -368,7 +368,7 @@ def backend(request, monkeypatch):
     name = request.config.getoption("--backend")
     monkeypatch.setattr(base.load("torch"), "plan", lambda *_, **__: BLOCKS)
     if interpreter.INTERPRET:
-        monkeypatch.setattr(base.load("triton"), "_plan", lambda *_, **__: BLOCKS)
+        monkeypatch.setattr(base.load("triton"), "plan", lambda *_, **__: BLOCKS)
     return name
 
 

@@ -179,7 +179,7 @@ def test_gradients_are_those_of_the_words_that_it_kept(case, dtype, own, budget,
         hidden, rows, labels, head, need_u=True, filter_eps=EPS, need_quiet=True, **sizes
     )
     assert torch.equal(out.logps, exact.logps) and torch.equal(out.lse, exact.lse)
-    plan = backend._plan(N, head, hidden, own=own, **sizes)
+    plan = backend.plan(N, head, hidden, own=own, **sizes)
     part_of = [i for i, part in enumerate(plan.parts(N)) for _ in range(part.start, part.stop)]
     blocks = list(plan.words(V))
     assert len(blocks) > 1 and out.quiet.mass.shape == (len(blocks), N)
@@ -242,7 +242,7 @@ def test_it_never_asks_the_device_within_a_pass(monkeypatch):
     backend, counts = base.load("triton"), []
     for size in (100, 400):  # words per block
         blocks = base.Blocks(N, N, size)
-        monkeypatch.setattr(backend, "_plan", lambda *a, b=blocks, **k: b)
+        monkeypatch.setattr(backend, "plan", lambda *a, b=blocks, **k: b)
         with Waits() as seen:
             backend.forward(
                 hidden, torch.arange(N), labels, head, workspace_bytes=1 << 20, need_u=True,

@@ -262,7 +262,7 @@ def test_few_launches_beside_products_and_kernels(monkeypatch):
     counts = []
     for size in (16, 32):  # rows per block
         blocks = base.Blocks(size, size, 100)
-        monkeypatch.setattr(backend, "_plan", lambda *a, b=blocks, **k: b)
+        monkeypatch.setattr(backend, "plan", lambda *a, b=blocks, **k: b)
         with Operations() as seen:
             backend.forward(h, rows, labels, head, workspace_bytes=1 << 20, need_u=True)
         counts.append(len(seen.names))

@@ -28,7 +28,7 @@ def plan(width, kind="dense", **options):
         head = LoRAHead(head, [Adapter(of(16, width), of(V, 16), 2.0)])
     own = configs.own_product(torch.device("meta"), torch.bfloat16, width)
     assert not own  # our own product waits for a measurement (finding 6)
-    return triton._plan(T, head, of(T, head.width), MIB, own=own, **options)
+    return triton.plan(T, head, of(T, head.width), MIB, own=own, **options)
 
 
 @pytest.mark.parametrize("width", [1024, 2048, 4096])
