@@ -313,7 +313,8 @@ def linear_logps(
     gradient; NaN and Inf propagate. Two device syncs (which labels are scored, and their range).
     Under autocast the products take operands of the autocast dtype.
 
-    Memory: `workspace_mib` + u (N, D) when hidden states require grad; never (T, V).
+    Memory: `workspace_mib` + u (N, D) when hidden states require grad; never (T, V). With filter_eps
+    and a trainable head also V numbers per block of rows, which a small workspace makes many.
 
     Example:
         >>> import torch

@@ -13,7 +13,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from dilkern.integrations.data import IGNORE_INDEX
 from dilkern.integrations.rows import pack
 from dilkern.lm_head.modules import unwrap
-from dilkern.validation import reject
+from dilkern.validation import raised_by_check, reject
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _REMEDY = "Set padding_free=False and shared_prompts=False"
@@ -103,6 +103,8 @@ def check_packing(model: Any, answers: int = 1) -> None:
             try:
                 have = model(**row.inputs, dil_head=True).token_logps
             except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as failure:
+                if raised_by_check(failure):
+                    raise
                 reject(
                     "packed rows (padding_free, shared_prompts) need a model that takes them",
                     f"{name}: {failure}",
@@ -113,13 +115,6 @@ def check_packing(model: Any, answers: int = 1) -> None:
             module.training = training
     windows = row.segments.windows
     window = getattr(config, "sliding_window", None)
-    if not windows:
-        reject(
-            "packed rows (padding_free, shared_prompts) need a model that calls the attention "
-            "function of its attn_implementation",
-            f"{name}, which does not call that of {attention!r}",
-            f"{_REMEDY}, or load it with attn_implementation='sdpa'.",
-        )
     if window and (not types or "sliding_attention" in types) and window not in windows:
         reject(
             "packed rows (padding_free, shared_prompts) need attention that is told its window",

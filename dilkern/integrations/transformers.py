@@ -85,6 +85,14 @@ def _score(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DILOutp
     if getattr(config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
     outputs = model.base_model(*args, **kwargs)
+    if row is not None and not row.segments.windows:  # else each token would see all others
+        reject(
+            "packed rows (padding_free, shared_prompts) need a model that calls the attention "
+            "function of its attn_implementation",
+            f"{name_of(model)}, which does not call that of {config._attn_implementation!r}",
+            "Set padding_free=False and shared_prompts=False (answers=None in a loop of your own), "
+            "or load it with attn_implementation='sdpa'.",
+        )
     hidden_states = outputs.last_hidden_state
     device = next(model.get_output_embeddings().parameters()).device
     if device.type != "cpu":  # a model spread over GPUs; an offloaded head is streamed instead

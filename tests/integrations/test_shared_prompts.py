@@ -442,8 +442,10 @@ def test_a_model_that_passes_the_row_by_is_refused():
             return super().forward(*args, **kwargs)
 
     model.model.__class__ = Deaf
-    message = refusal(model)
-    assert "which does not call that of 'sdpa'" in message
+    assert "which does not call that of 'sdpa'" in refusal(model)
+    batch, labels = batch_of(PAIRS)  # nor does it train where nobody asked `check_packing`
+    with pytest.raises(ValueError, match="which does not call that of 'sdpa'"):
+        compute_loss(model, {**batch, "labels": labels}, loss="simpo", answers=2)
 
 
 def test_a_model_that_loses_the_positions_is_refused():
