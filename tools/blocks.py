@@ -92,9 +92,8 @@ def whole_op(case: Case, device: torch.device | str = "cpu", name: str = "torch"
         "naive": partial(execute, PEERS["naive"], inputs),
     }
     fit = {(min(r, case.tokens), min(v, case.vocab)) for r, v in SHAPES[name]}
-    plan = "plan" if name == "torch" else "plan"  # which filter_report reads too
     jobs: dict[str, Job] = {"own plan": op} | {
-        f"{r} x {v}": replaced(backend, plan, base.Blocks(r, r, v), op) for r, v in sorted(fit)
+        f"{r} x {v}": replaced(backend, "plan", base.Blocks(r, r, v), op) for r, v in sorted(fit)
     }
     if name == "torch":
         return shared | jobs
