@@ -30,15 +30,19 @@ demo: install
 
 # Kernels run in Triton's interpreter, which must be chosen before Triton is imported, and are
 # compiled without a GPU, which the interpreter forbids: hence several processes. The tests of the op
-# and of the heads run once more with --backend triton; those for a GPU run their Python here.
+# and of the heads run once more with the word filter at work and with --backend triton; those for a
+# GPU run their Python here.
 JOBS   ?= 2
 PYTEST := $(BIN)/pytest --durations=15
 test: install
 	HF_HUB_OFFLINE=1 $(PYTEST) -n $(JOBS) -m "not gpu" --ignore=tests/kernels --ignore=tests/dry_run
+	$(PYTEST) -n $(JOBS) --filter-eps 1e-30 tests/core/test_linear_logps.py tests/core/test_fused_loss.py \
+	  tests/core/test_strided.py tests/heads/test_lora_head.py tests/heads/test_quantized_head.py
 	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) tests/kernels tests/rivals/test_word_filter.py -m "not fuzz"
 	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) -m "not gpu" --backend triton \
 	  tests/core/test_linear_logps.py tests/core/test_fused_loss.py tests/core/test_strided.py \
-	  tests/core/test_passes.py tests/heads/test_packed_head.py tests/heads/test_dense_head.py
+	  tests/core/test_passes.py tests/core/test_word_filter.py \
+	  tests/heads/test_packed_head.py tests/heads/test_dense_head.py
 	HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) -m gpu tests/gpu
 	$(PYTEST) tests/dry_run
 

@@ -172,7 +172,7 @@ class RowFilter:
         words = loud.nonzero().squeeze(1)
         if words.numel() > MOST_LOUD * v:
             return (p, weight), None
-        p_loud = p.index_select(1, words)
+        p_loud = p.gather(1, words.expand(n, -1))  # faster than index_select, which goes by columns
         d = (row_sums - p_loud.sum(1)).clamp_min_(0)
         if not (row_weights[0] * d).max() <= MOST_QUIET:  # nor where it is NaN
             return (p, weight), None
