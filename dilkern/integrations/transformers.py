@@ -199,10 +199,8 @@ def labels_of(inputs: Mapping[str, Tensor]) -> Tensor:
     labels = inputs.get("labels")
     if labels is None:
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
-    labels, mask = (
-        mask_first_labels(labels, ignore_index=IGNORE_INDEX),
-        inputs.get("attention_mask"),
-    )
+    labels = mask_first_labels(labels, ignore_index=IGNORE_INDEX)
+    mask = inputs.get("attention_mask")
     if mask is not None:  # the first token may stand behind padding
         labels = labels.masked_fill((mask.cumsum(1) == 1) & (mask != 0), IGNORE_INDEX)
     if not torch.compiler.is_compiling() and not (labels != IGNORE_INDEX).any():

@@ -258,10 +258,8 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         self._until_installed = contextlib.ExitStack()
         if at_hand:
             self._until_installed.enter_context(_head_without_adapter(model))
-        padding_free, args.padding_free = (
-            args.padding_free,
-            False,
-        )  # the parent warns that it cannot; we can
+        padding_free = args.padding_free
+        args.padding_free = False  # the parent warns that it cannot; we can
         if loads_here:
             args.model_init_kwargs = None  # used up; the parent would warn that it ignores them
         try:
