@@ -281,8 +281,11 @@ def test_autocast_around_the_probe_does_not_disturb_it(device):
     with torch.autocast(device, dtype=torch.bfloat16):
         assert LMHead.from_model(model).scale == 1 / 8.0
     accelerate = pytest.importorskip("accelerate")
+    # One state for a process, which a trainer of another test may have made for another precision.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
     assert LMHead.from_model(model).scale == 1 / 8.0
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("load", ["load_in_4bit", "load_in_8bit"])
