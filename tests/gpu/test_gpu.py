@@ -11,7 +11,7 @@ import torch
 from naive import gather_logps
 from peers import DEVICE, gpu_only, on_gpu_or_interpreter, sized, wide_product
 
-from dilkern import DenseHead, linear_logps
+from dilkern import DenseHead, filter_report, linear_logps
 from dilkern.kernels import configs, h_functions
 from dilkern.kernels.nf4_dequant import Packed4bit, nf4_dequant
 from dilkern.kernels.sequence_loss import sequence_loss
@@ -241,3 +241,31 @@ def test_nf4_bits(dtype):
     assert torch.equal(nf4_dequant(weight, dtype, start=0, end=v), truth)
     ids = torch.randint(0, v, (100,), device=DEVICE)
     assert torch.equal(nf4_dequant(weight, dtype, ids=ids), truth[ids])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_word_filter(dtype, product):
+    """Rows that agree on which words are frequent, as text does: a tenth of them is loud."""
+    t, v, d = sized((4096, 32768, 1024), (40, 600, 32))
+    torch.manual_seed(0)
+    h = (0.5 * torch.randn(t, d, device=DEVICE) + torch.randn(d, device=DEVICE)).to(dtype)
+    w = torch.randn(v, d, device=DEVICE).mul_(3 / d**0.5).to(dtype)
+    labels = torch.randint(0, v, (t,), device=DEVICE)
+    options = {"filter_eps": 2 / v, "workspace_mib": sized(256, 1)}
+
+    def run(**options):
+        def score(h, w):
+            return linear_logps(h, w, labels, backend="triton", **options)
+
+        return gradients(score, [h, w], torch.ones(t, device=DEVICE))
+
+    want, (dh, dw) = run(workspace_mib=options["workspace_mib"])
+    for _ in range(2):
+        got, (fh, fw) = run(**options)
+        assert torch.equal(got, want)  # log-probs keep their bits
+    report = filter_report(h, w, labels, **options)
+    off = (fh.float() - dh.float()).norm(dim=1)
+    # The report's backend may take a word on the threshold for loud that this one does not.
+    rounded = 4 * torch.finfo(dtype).eps * dh.float().norm(dim=1)
+    assert report.loud < 0.5 and (off <= 1.2 * report.error_bound + rounded).all()
+    assert off.max() > 0 and (fw.float() - dw.float()).norm() < 0.1 * dw.float().norm()

@@ -106,7 +106,7 @@ def test_operators_are_registered_rightly():
     checks = ("test_schema", "test_autograd_registration")
     torch.library.opcheck(
         torch.ops.dilkern.linear_logps.default,
-        (flat, y, head.tensors(), head.spec(), 0, -100, "triton", 1 << 20, True),
+        (flat, y, head.tensors(), head.spec(), 0, -100, "triton", 1 << 20, 0.0, True, False),
         test_utils=checks,
     )
     logps = -torch.rand(48, requires_grad=True)
