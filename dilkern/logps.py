@@ -296,7 +296,7 @@ def linear_logps(
         backend: "auto", "torch" or "triton".
         workspace_mib: the most temporary memory in MiB, beside O(T D) for results and u.
         filter_eps: None: exact gradients. A number in (0, 1]: words whose mean probability over a
-            block of rows is below it enter the gradient by their mean, which saves most of its time;
+            block of rows is below it enter the gradient by their mean, which saves much of its time;
             log-probs keep their bits. "auto": 2^-21 for fp32, 2^-19 for 16 bits, with an error below
             that of 16-bit logits. Look with `filter_report`; docs/filter.md.
 

@@ -173,8 +173,9 @@ def forward(
     n_tokens, width = rows.numel(), hidden.shape[1]
     blocks = plan(n_tokens, head, hidden, workspace_bytes)
     need_p, filtered = need_u or need_quiet, filter_eps > 0 and (need_u or need_quiet)
-    likely = expected_words(hidden, rows, labels, head, blocks) if filtered else labels[:0]
-    w_likely = head.gather(likely, hidden.dtype)
+    if filtered:
+        likely = expected_words(hidden, rows, labels, head, blocks)
+        w_likely = head.gather(likely, hidden.dtype)
     logps, lse = hidden.new_empty(n_tokens, dtype=acc), hidden.new_empty(2, n_tokens, dtype=acc)
     # fp16 cannot hold the small u of a confident token; its gradient is scaled later, by g.
     u_dtype = acc if hidden.dtype is torch.float16 else hidden.dtype
