@@ -1,6 +1,6 @@
 """The word filter: same log-probs, a gradient within its bound, unbiased where it is said to be.
 
-On the triton backend: `TRITON_INTERPRET=1 pytest --backend triton tests/core/test_word_filter.py`.
+Mostly in fp64, so of the torch backend; that of the triton backend: tests/kernels/test_loud_words.py.
 """
 
 import pytest
