@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -35,11 +34,13 @@ from benchmarks.cases import SEED
 from benchmarks.environment import append_rows, begin, beside, default_stem, read_rows
 from benchmarks.real_models import HH, SOURCES, model_folder, read_pairs
 from benchmarks.report import draw_file, pairs_table
+from dilkern.integrations.data import IGNORE_INDEX
 from dilkern.validation import reject
 
 BETA = {"dpo": {"beta": 0.1}, "lsif": {}}
 LOSS_BAND = {"float32": 1e-4, "bfloat16": 3e-2}  # of the loss of one step, nats
 FILTERED_BAND = 1e-2
+SHARE_BAND = 0.05
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Setup:
     device: str = "cpu"
     dtype: str = "float32"
     lora_r: int = 16
+    prompt_share: float = 0  # of prompt + chosen + rejected, within SHARE_BAND; 0: any
 
 
 def folder_of(model: str) -> str:
@@ -203,24 +205,28 @@ def draw_pairs(setup: Setup) -> list[dict[str, Any]]:
     """So many pairs as the batches of a run have, the first for the warm-up: seeded, whole ones."""
     from transformers import AutoTokenizer
 
-    tokenizer, found = AutoTokenizer.from_pretrained(folder_of(setup.model)), []
-    rows = read_pairs(Path(setup.data))
+    from dilkern.integrations.collators import PreferenceCollator
+
+    collator = PreferenceCollator(AutoTokenizer.from_pretrained(folder_of(setup.model)), None)
+    rows, found = read_pairs(Path(setup.data)), []
     random.Random(SEED).shuffle(rows)
     for row in rows:
-        if tokenizer.chat_template is None:
+        if collator.tokenizer.chat_template is None:
             prompt = "".join(f"{turn['role']}: {turn['content']}\n\n" for turn in row["prompt"])
             row = {side: f" {row[side][0]['content']}" for side in ("chosen", "rejected")}
             row["prompt"] = f"{prompt}assistant:"
-            texts = [row["prompt"] + row[side] for side in ("chosen", "rejected")]
-        else:
-            turns = [row["prompt"] + row[side] for side in ("chosen", "rejected")]
-            texts = [tokenizer.apply_chat_template(t, tokenize=False) for t in turns]
-        if max(len(tokenizer(text).input_ids) for text in texts) < setup.max_length:
+        labels = [collator.encode(row["prompt"], row[side])[1] for side in ("chosen", "rejected")]
+        prompt, total = labels[0].count(IGNORE_INDEX), sum(map(len, labels))
+        share = prompt / (total - prompt)
+        fits = not setup.prompt_share or abs(share - setup.prompt_share) <= SHARE_BAND
+        if fits and max(map(len, labels)) <= setup.max_length:
             found.append({side: row[side] for side in ("prompt", "chosen", "rejected")})
         if len(found) == (wanted := setup.pairs * (setup.steps + 1)):
             return found
+    which = f" and a prompt share near {setup.prompt_share:g}" if setup.prompt_share else ""
     reject(
-        f"'{Path(setup.data).name}' must have {wanted} pairs below {setup.max_length} tokens",
+        f"'{Path(setup.data).name}' must have {wanted} pairs of {setup.max_length} tokens at most"
+        f"{which}",
         f"{len(found)}",
         "Pass --max-length, or fewer --pairs or --steps.",
     )
@@ -273,6 +279,9 @@ def main(
     rounds: Annotated[int, typer.Option(help="interleaved rounds")] = 3,
     max_length: Annotated[int, typer.Option(help="longest sequence drawn")] = 1024,
     dtype: Annotated[str, typer.Option(help="default: bfloat16 on a GPU, else float32")] = "",
+    prompt_shares: Annotated[
+        str, typer.Option(help="only pairs whose prompt has about this share, by commas; 0: any")
+    ] = "0",
     processes: Annotated[
         bool | None, typer.Option(help="one process per variant; default: on a CPU")
     ] = None,
@@ -283,22 +292,20 @@ def main(
     stem = out or default_stem(where, "pairs")
     table = beside(stem, ".csv")
     names = variants.split(",")
-    known = ("model", "data", "loss", "pairs", "variant")
+    known = ("model", "data", "loss", "pairs", "prompt_share", "variant")
     done = {tuple(row[name] for name in known) for row in read_rows(table)}
-    begun = False
-    for model, file, loss, count in product(*(x.split(",") for x in (models, data, losses, pairs))):
-        number = int(count)
-        key: Callable[[str], tuple[Any, ...]] = partial(
-            lambda *parts: parts, Path(model).name, Path(file).stem, loss, number
-        )
-        todo = [variant for variant in names if key(variant) not in done]
+    begun, kind = False, dtype or ("bfloat16" if device == "cuda" else "float32")
+    shape = {"steps": steps, "max_length": max_length, "device": device, "dtype": kind}
+    every = product(*(x.split(",") for x in (models, data, losses, pairs, prompt_shares)))
+    for model, file, loss, count, share in every:
+        setup = Setup(model, file, loss, int(count), prompt_share=float(share), **shape)
+        key = (Path(model).name, Path(file).stem, loss, setup.pairs, setup.prompt_share)
+        todo = [variant for variant in names if (*key, variant) not in done]
         if not todo:
             continue
         if not begun:
             begin(stem, where)
             begun = True
-        kind = dtype or ("bfloat16" if device == "cuda" else "float32")
-        setup = Setup(model, file, loss, number, steps, max_length, device, kind)
         print(setup, flush=True)
         append_rows(table, measure_setup(setup, todo, measure.Plan(rounds), processes))
         print(pairs_table(read_rows(table)), flush=True)

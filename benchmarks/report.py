@@ -149,6 +149,8 @@ def of_pairs(rows: Iterable[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
         name = "{model}, {data}, {loss}, {pairs} pairs per step, {dtype}".format(**row)
+        if row.get("prompt_share"):
+            name += ", prompts of {prompt_share:.0%}".format(**row)
         found.setdefault(name, []).append(row)
     return found
 
@@ -499,6 +501,33 @@ def pairs_picture(rows: Sequence[Row]) -> Figure:
     return on_any_page(figure)
 
 
+def sharing_picture(rows: Sequence[Row]) -> Figure | None:
+    """What shared prompts gain over the prompt's share of the tokens, one point per panel above."""
+    figure, ((axis,),) = panels(1, 1, 7.5, 4.5)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for mine in of_pairs(rows).values():
+        by = {row["variant"]: row for row in measured(mine)}
+        if not {"shared", "padding-free"} <= by.keys():
+            continue
+        share = by["padding-free"]["tokens"] / by["shared"]["tokens"] - 1
+        others = {"padding-free": by["padding-free"], "padded": by.get("padded")}
+        others["the better of TRL"] = best_of_trl(mine)
+        for name, other in others.items():
+            if other:
+                gain = by["shared"]["pairs_per_s"] / other["pairs_per_s"]
+                found.setdefault(name, []).append((share, gain))
+    if not found:
+        return None
+    for (name, points), colour in zip(found.items(), ("#1b9e77", "#d95f02", "#7570b3")):
+        axis.plot(*zip(*sorted(points)), "o-", color=colour, label=f"over {name}")
+    axis.plot([0, 1], [1, 2], "--", color=GREY, label="fewer tokens than padding-free: 1 + share")
+    axis.set(xlim=(0, 1), ylim=(0, None), ylabel="pairs per second, times")
+    axis.set_xlabel("share of the prompt in prompt + chosen + rejected")
+    axis.set_title("What shared prompts gain", fontsize=10)
+    axis.legend(fontsize=8)
+    return on_any_page(figure)
+
+
 Curve = tuple[str, str, str, list[Row]]  # panel, axis, label, rows
 
 
@@ -566,6 +595,8 @@ def pictures(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     if "variant" in rows[0]:
         if measured(rows):
             yield "", pairs_picture(rows)
+            if picture := sharing_picture(rows):
+                yield "-sharing", picture
         return
     if found := fits(rows):
         label = "{0.peer}: exponents {0.time:.2f}, {0.memory:.2f}"

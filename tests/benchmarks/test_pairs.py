@@ -52,10 +52,10 @@ def test_all_trainers_take_the_same_steps(model: Path, tmp_path: Path) -> None:
     assert tokens["trl"] == tokens["trl-logits"] == tokens["padded"] > tokens["padding-free"]
     assert tokens["padding-free"] > tokens["shared"] == 2 * tokens["shared+precomputed"]
     pairs.append_rows(tmp_path / "r.csv", rows)
-    text, picture = report.draw_file(tmp_path / "r.csv")
+    text, picture, sharing = report.draw_file(tmp_path / "r.csv")
     best = report.best_of_trl(rows)
     assert f"({found['shared']['pairs_per_s'] / best['pairs_per_s']:.2f} x)" in text.read_text()
-    assert picture.stat().st_size > 0
+    assert picture.stat().st_size > 0 and sharing.stat().st_size > 0
     assert [row["variant"] for row in read_rows(tmp_path / "r.csv")] == EXACT
 
 
@@ -78,6 +78,8 @@ def test_pairs_are_whole_seeded_and_enough(model: Path) -> None:
     longest = max(len(str(row)) for row in drawn)
     with pytest.raises(ValueError, match="must have 6 pairs"):
         pairs.draw_pairs(setup(model, max_length=longest // 100))
+    with pytest.raises(ValueError, match="a prompt share near 0"):
+        pairs.draw_pairs(setup(model, prompt_share=0.9))
 
 
 @pytest.mark.filterwarnings("ignore")
