@@ -146,6 +146,12 @@ def check_positive(name: str, value: Any, example: float = 1.0) -> None:
         reject(f"`{name}` must be a number > 0 and finite", repr(value), f"Pass e.g. {remedy}.")
 
 
+def check_count(name: str, value: Any, example: int) -> None:
+    """Refuse what is not a whole number > 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        reject(f"`{name}` must be a whole number > 0", repr(value), f"Pass e.g. {name}={example}.")
+
+
 def check_bool(name: str, value: Any) -> None:
     """Only a bool passes: another project's integer would be taken for True."""
     if not isinstance(value, bool):

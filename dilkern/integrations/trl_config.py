@@ -19,7 +19,7 @@ from dilkern.integrations.packing import check_attention
 from dilkern.losses import Loss, get_loss
 from dilkern.objective import Objective
 from dilkern.options import OPTION_NAMES, LossOptions, described
-from dilkern.validation import check_bool, check_choice, check_positive, reject
+from dilkern.validation import check_bool, check_choice, check_count, check_positive, reject
 
 # Options of DPOConfig that DILTrainer does not have: (name, the value that means "not asked for",
 # what to do instead).
@@ -129,6 +129,12 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
             self.use_cpu = True  # transformers wants to be told before it takes bf16 there
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _has_bf16(self.use_cpu)
+        if isinstance(self.learning_rate, str):
+            reject(
+                "`learning_rate` must be a number",
+                f"the text {self.learning_rate!r}",
+                "Write 1.0e-4 or 0.0001: YAML reads 1e-4 as text.",
+            )
         if self.learning_rate is None and self.deepspeed:
             reject(
                 "`learning_rate` must be given with DeepSpeed, which takes it from the configuration",
@@ -193,7 +199,7 @@ class DILConfig(LossOptions, DPOConfig):  # type: ignore[misc]
             )
         if self.max_tokens_per_batch is None:
             return
-        check_positive("max_tokens_per_batch", self.max_tokens_per_batch, 4096)
+        check_count("max_tokens_per_batch", self.max_tokens_per_batch, 4096)
         if not (self.padding_free or self.shared_prompts):
             reject(
                 "max_tokens_per_batch counts the tokens of packed rows",

@@ -1,6 +1,9 @@
 """One row without padding, prompts once or twice, trains as the padded batch does."""
 
+import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 import tiny_models as tiny
@@ -49,6 +52,27 @@ def test_20_steps_of_shared_prompts_equal_padded(quick, loss):
     options = {"loss_type": loss, "max_steps": 20, "gradient_checkpointing": loss == "lsif", **init}
     want = losses(quick(**options))
     same_steps(losses(quick(shared_prompts=True, **options)), want, 1e-5)
+
+
+SMOLLM2 = os.environ.get("DILKERN_SMOLLM2", "")
+HH = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh_harmless_1799.jsonl"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2 or not HH.exists(), reason=f"needs DILKERN_SMOLLM2=FOLDER and {HH}")
+@pytest.mark.parametrize("loss", ["lsif", "dpo", "simpo"])
+def test_20_steps_of_shared_prompts_equal_padded_on_real_weights_and_pairs(quick, loss):
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SMOLLM2)
+    rows = [row for row in map(json.loads, HH.read_text().splitlines()) if len(str(row)) < 700]
+    options = {"loss_type": loss, "max_steps": 20, "per_device_train_batch_size": 2}
+    init = {"init": {"peft_config": lora(), "processing_class": tokenizer}}
+    options |= {"learning_rate": 1e-4, "data": Dataset.from_list(rows), **init}
+    want = losses(quick(SMOLLM2, **options))
+    found = losses(quick(SMOLLM2, shared_prompts=True, **options))
+    print(loss, [f"{x:.6f}" for x in want], max(abs(a - b) for a, b in zip(want, found)))
+    same_steps(found, want, 1e-5)
 
 
 CUT = {
@@ -153,6 +177,8 @@ def test_what_cannot_be_shared_cut_or_grouped_is_refused(quick, tmp_path):
     for options, message in (
         ({"max_tokens_per_batch": 100}, "counts the tokens of packed rows"),
         ({"max_tokens_per_batch": 0, "shared_prompts": True}, "max_tokens_per_batch"),
+        ({"max_tokens_per_batch": 100.5, "shared_prompts": True}, "whole number"),
+        ({"learning_rate": "1e-4"}, "YAML reads 1e-4 as text"),
         ({"max_tokens_per_batch": 9, "shared_prompts": True, "loss_type": "kto"}, "which examples"),
         ({"max_tokens_per_batch": 9, "padding_free": True, "optim": "lomo"}, "steps in each"),
         ({"train_sampling_strategy": "group_by_length", "loss_type": "kto"}, "which examples"),
