@@ -35,6 +35,15 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.held, self.peak = {}, 0
 
+    def __enter__(self):
+        gc.collect()
+        gc.freeze()  # what is there already need not be looked through at every new peak
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        gc.unfreeze()
+        return super().__exit__(*error)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         before = {x.untyped_storage()._cdata for x in tree_leaves(args) if torch.is_tensor(x)}
         out = func(*args, **(kwargs or {}))
