@@ -4,10 +4,10 @@ import ast
 import inspect
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomllib
 
 import dilkern
 from dilkern import LOSSES, LossOptions
