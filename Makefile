@@ -102,7 +102,7 @@ bench: install
 # On a GPU of your own: every step of docs/gpu.md, each call under 8 minutes, results in OUT; one
 # step: make gpu-suite. For a GPU machine without network: make gpu-pack prints what to run there.
 OUT ?= out/gpu
-GPU_STEPS := tests suite tune steps longest scaling profile
+GPU_STEPS := tests suite tune steps pairs longest scaling profile
 bench-gpu: $(GPU_STEPS:%=gpu-%)
 
 gpu-pack: install

@@ -11,8 +11,9 @@ A run is the same few batches over and over, each variant in a process of its ow
 interleaved; a warm-up step comes first. What is timed is the trainer's training step with the update,
 not loading and tokenising. Tokens are those that go through the embedding. The losses of the first
 steps must be those of the first variant that has some. Batches hold whole pairs, drawn at random from
-those that fit `max_length`, in the model's chat format where it has one. Rows that the result file has
-are not measured again.
+those that fit `max_length`, in the model's chat format where it has one. Models without weights at hand
+get random ones of their shape, and SmolLM2's tokenizer. Rows that the result file has are not measured
+again.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from benchmarks.cases import SEED
 from benchmarks.environment import append_rows, begin, beside, default_stem, read_rows
 from benchmarks.real_models import HH, SOURCES, model_folder, read_pairs
 from benchmarks.report import draw_file, pairs_table
+from benchmarks.train_step import MODELS, config_of, quantise, random_model
 from dilkern.integrations.data import IGNORE_INDEX
 from dilkern.validation import reject
 
@@ -47,7 +49,7 @@ SHARE_BAND = 0.05
 class Setup:
     """A model, its data, and the step."""
 
-    model: str = "smollm2"  # or a folder with a model and its tokenizer
+    model: str = "smollm2"  # one of SOURCES, of MODELS, or a folder with a model and its tokenizer
     data: str = str(HH)
     loss: str = "dpo"
     pairs: int = 4  # per step
@@ -58,9 +60,39 @@ class Setup:
     lora_r: int = 16
     prompt_share: float = 0  # of prompt + chosen + rejected, within SHARE_BAND; 0: any
 
+    @property
+    def folder(self) -> Path:
+        """Of the tokenizer, and of the model if it is none of MODELS."""
+        name = "smollm2" if self.model in MODELS else self.model
+        return model_folder(name) if name in SOURCES else Path(name)
 
-def folder_of(model: str) -> str:
-    return str(model_folder(model)) if model in SOURCES else model
+    @property
+    def is_real(self) -> bool:
+        """Whether there are weights: a machine without network may have the shape alone."""
+        return self.model not in MODELS and any(self.folder.glob("*.safetensors"))
+
+    @property
+    def is_big(self) -> bool:
+        """In 4 bit, with checkpointing."""
+        return self.model.endswith("8b")
+
+    @property
+    def name(self) -> str:
+        return f"{Path(self.model).name}{'' if self.is_real else ' (random weights)'}"
+
+
+def make_model(setup: Setup) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dtype = getattr(torch, setup.dtype)
+    if setup.is_real:
+        return AutoModelForCausalLM.from_pretrained(setup.folder, dtype=dtype).to(setup.device)
+    known = setup.model in MODELS
+    config = config_of(setup.model) if known else AutoConfig.from_pretrained(setup.folder)
+    model = random_model(config, setup.device, dtype)
+    if setup.is_big:
+        quantise(model, decoded=False)
+    return model
 
 
 def full_logits() -> Any:
@@ -103,10 +135,10 @@ def make_trainer(variant: str, setup: Setup, pairs: list[dict[str, Any]], out: s
     """The trainer of a variant around a model with an untrained adapter on all linear layers."""
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    folder, ours = folder_of(setup.model), VARIANTS[variant]
+    ours = VARIANTS[variant]
     common: dict[str, Any] = {
         "output_dir": out,
         "use_cpu": setup.device == "cpu",
@@ -114,7 +146,7 @@ def make_trainer(variant: str, setup: Setup, pairs: list[dict[str, Any]], out: s
         "per_device_train_batch_size": setup.pairs,
         "max_length": setup.max_length,
         "learning_rate": 1e-4,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": setup.is_big,
         "report_to": "none",
         "dataloader_pin_memory": False,
         "disable_tqdm": True,
@@ -127,11 +159,10 @@ def make_trainer(variant: str, setup: Setup, pairs: list[dict[str, Any]], out: s
     else:
         kind = DPOTrainer if variant == "trl" else full_logits()
         args = DPOConfig(**common)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, setup.dtype))
     trainer = kind(
-        model=model.to(setup.device),
+        model=make_model(setup),
         args=args,
-        processing_class=AutoTokenizer.from_pretrained(folder),
+        processing_class=AutoTokenizer.from_pretrained(setup.folder),
         train_dataset=Dataset.from_list(pairs),
         peft_config=LoraConfig(r=setup.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
@@ -207,7 +238,7 @@ def draw_pairs(setup: Setup) -> list[dict[str, Any]]:
 
     from dilkern.integrations.collators import PreferenceCollator
 
-    collator = PreferenceCollator(AutoTokenizer.from_pretrained(folder_of(setup.model)), None)
+    collator = PreferenceCollator(AutoTokenizer.from_pretrained(setup.folder), None)
     rows, found = read_pairs(Path(setup.data)), []
     random.Random(SEED).shuffle(rows)
     for row in rows:
@@ -256,7 +287,7 @@ def measure_setup(
     rows, times = measure.contest(tasks, None, refuse, plan)
     for variant in variants:
         row = {"variant": variant} | asdict(setup) | {"data": Path(setup.data).stem}
-        row |= {"model": Path(setup.model).name}
+        row |= {"model": setup.name}
         if variant not in rows:
             row |= {"status": "unsupported", "reason": "TRL has no LSIF"}
         rows[variant] = row | rows.get(variant, {})
@@ -270,7 +301,9 @@ def measure_setup(
 
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    models: Annotated[str, typer.Option(help=f"of {', '.join(SOURCES)}, or folders")] = "smollm2",
+    models: Annotated[
+        str, typer.Option(help=f"of {', '.join((*SOURCES, *MODELS))}, or folders")
+    ] = "smollm2",
     data: Annotated[str, typer.Option(help="files of preference pairs, by commas")] = str(HH),
     losses: Annotated[str, typer.Option(help=f"of {', '.join(BETA)}")] = "lsif,dpo",
     pairs: Annotated[str, typer.Option(help="pairs per step, by commas")] = "4,8",
@@ -299,7 +332,7 @@ def main(
     every = product(*(x.split(",") for x in (models, data, losses, pairs, prompt_shares)))
     for model, file, loss, count, share in every:
         setup = Setup(model, file, loss, int(count), prompt_share=float(share), **shape)
-        key = (Path(model).name, Path(file).stem, loss, setup.pairs, setup.prompt_share)
+        key = (setup.name, Path(file).stem, loss, setup.pairs, setup.prompt_share)
         todo = [variant for variant in names if (*key, variant) not in done]
         if not todo:
             continue

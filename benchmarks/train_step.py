@@ -85,17 +85,23 @@ def config_of(name: str) -> Any:
     return getattr(transformers, f"{kind}Config")(**(shared | dict(zip(SHAPE, shape)) | more))
 
 
+def random_model(config: Any, device: str, dtype: torch.dtype) -> Any:
+    """A causal LM of that shape, the same weights at every call."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(SEED)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
 def build_model(setup: Setup, dtype: torch.dtype, fused: bool) -> Any:
     """The model with its adapter; LoRA's B is drawn too, so that policy and reference differ."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
-    torch.manual_seed(SEED)
     # Made in the measured dtype: an fp64 copy is the truth of the same weights.
-    with torch.device(setup.device):
-        dense = getattr(torch, setup.dtype)
-        base = AutoModelForCausalLM.from_config(config_of(setup.model), dtype=dense)
+    dense = getattr(torch, setup.dtype)
+    base = random_model(config_of(setup.model), setup.device, dense)
     if setup.four_bit:
         quantise(base, decoded=dtype is torch.float64)
     if dtype is torch.float64:

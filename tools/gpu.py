@@ -24,6 +24,7 @@ import torch
 import typer
 
 from benchmarks.environment import PACK, ROOT, beside, default_stem, identity
+from benchmarks.real_models import HH, model_folder
 from benchmarks.run import UNFINISHED
 
 app = typer.Typer(add_completion=False, help="Steps for a GPU machine without network.")
@@ -52,6 +53,7 @@ CONTINUED = {
     "steps": ("-steps.csv", "-steps.json"),
     "longest": ("-longest.csv", "-longest.json"),
     "scaling": ("-scaling.csv", "-scaling.json"),
+    "pairs": ("-pairs.csv", "-pairs.json"),
 }
 
 
@@ -103,6 +105,15 @@ def commands(step: str, stem: Path, tiny: bool) -> list[list[str]]:
             module("benchmarks.run", *here, *which, *out("scaling")),
             module("benchmarks.report", "draw", f"{stem}-scaling.csv"),
         ]
+    if step == "pairs":
+        packed = PACK / HH.name
+        data = ("--data", str(packed)) if packed.exists() else ()
+        which = by_size(
+            "--models smollm2 --losses dpo --pairs 2 --steps 1 --rounds 1 --max-length 200 "
+            "--variants trl,shared --no-processes",
+            "--models smollm2,llama-3.2-1b,qwen3-8b --losses dpo,lsif --pairs 8",
+        )
+        return [module("benchmarks.pairs", *here, *data, *which, *out("pairs"))]
     if step == "profile":
         found = []
         profiled = ("tiny@64-float32-frozen",) if tiny else PROFILED
@@ -125,6 +136,7 @@ STEPS = {
     "suite": "ceilings, then the comparison with every rival, and the goals; repeat until it exits 0",
     "tune": "tiles and rows for kernels/configs.py; rows x words; library product or our own",
     "steps": "one training step, 1B and 8B in 4 bit: time and memory",
+    "pairs": "preference pairs per second: TRL's DPOTrainer, padded, padding-free, shared prompts",
     "longest": "the longest sequence that fits under 24 GiB",
     "scaling": "exponents in T, V, D and workspace",
     "profile": "kernels by time, and hardware counters",
@@ -134,6 +146,8 @@ STEPS = {
 def execute(command: list[str], log: Path, limit: float) -> int:
     """Run one command with its output here and in `log`; 124 if the limit ended it."""
     settings = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    if (PACK / "cache").exists():
+        settings["DILKERN_CACHE"] = str(PACK / "cache")
     with log.open("a") as file:
 
         def say(text: str) -> None:
@@ -194,7 +208,7 @@ def travelling_mib() -> float:
         text=True,
         check=True,
     )
-    files = [ROOT / name for name in listed.stdout.splitlines()] + list(PACK.iterdir())
+    files = [ROOT / name for name in listed.stdout.splitlines()] + list(PACK.rglob("*"))
     return sum(path.stat().st_size for path in files if path.is_file()) / 2**20
 
 
@@ -206,15 +220,17 @@ def pinned(name: str) -> str:
 
 @app.command()
 def pack() -> None:
-    """Fetch the wheels, note the commit, check the size, print the calls."""
-    PACK.mkdir(exist_ok=True)
-    for old in PACK.iterdir():
-        old.unlink()
+    """Fetch wheels, a tokenizer and pairs, note the commit, check the size, print the calls."""
+    shutil.rmtree(PACK, ignore_errors=True)
+    PACK.mkdir()
     tags = [f"--platform=manylinux_{version}_x86_64" for version in PLATFORMS]
     tags += ["--platform=manylinux2014_x86_64", "--platform=manylinux1_x86_64"]
     fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
     fetch += ["--python-version=3.12", "--implementation=cp", *tags, "-d", str(PACK)]
     subprocess.run([*fetch, *map(pinned, WHEELS)], cwd=ROOT, check=True)
+    heavy = shutil.ignore_patterns("*.safetensors")  # the shape and the tokenizer can travel
+    shutil.copytree(model_folder("smollm2"), PACK / "cache" / "smollm2", ignore=heavy)
+    shutil.copy(HH, PACK)
     (PACK / "commit.json").write_text(json.dumps(identity()) + "\n")
     size = travelling_mib()
     print(f"{size:.1f} MiB would travel, at most {TREE_MIB} may")

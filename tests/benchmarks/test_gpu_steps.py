@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 import typer
 
 from benchmarks import report, run
 from benchmarks.cases import Case, case_of
 from benchmarks.environment import read_rows
+from benchmarks.real_models import HH
 from tools import blocks, gpu, tune
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,17 +32,33 @@ FILES = {  # of every step at tiny size; beside them a log
     "longest": "-longest.csv -longest.json -longest.md",
     "scaling": "-scaling.csv -scaling.json -scaling.md -scaling.png",
     "profile": "-breakdown.json -breakdown.txt",
+    "pairs": "-pairs.csv -pairs.json -pairs.md -pairs.png",
 }
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a pack holds beside wheels: a model's shape and its tokenizer, and pairs."""
+    import transformers
+
+    folder, tokenizer = tmp_path_factory.mktemp("pack"), tiny_models.tokenizer()
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64}
+    shape |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    transformers.LlamaConfig(**shape).save_pretrained(folder / "cache" / "smollm2")
+    tokenizer.save_pretrained(folder / "cache" / "smollm2")
+    (folder / HH.name).write_text("\n".join(map(json.dumps, tiny_models.pairs(8))))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, packed: Path) -> Path:
     """The files of all steps: one process, for the interpreter is chosen before Triton is imported."""
     folder = tmp_path_factory.mktemp("tiny")
+    settings = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "tests/benchmarks/tiny_steps.py", str(folder), *gpu.STEPS],
+        [sys.executable, "tests/benchmarks/tiny_steps.py", str(folder), str(packed), *gpu.STEPS],
         cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | settings | {"DILKERN_CACHE": str(packed / "cache")},
         capture_output=True,
         text=True,
     )
@@ -71,6 +89,10 @@ def test_a_step_runs_at_tiny_size_and_leaves_its_files(step: str, tiny: Path) ->
         assert "longest sequence under 24 GiB: 16" in files["-longest.md"].read_text()
     if step == "scaling":
         assert [row["status"] for row in read_rows(files["-scaling.csv"])] == ["ok"] * 8
+    if step == "pairs":
+        rows = read_rows(files["-pairs.csv"])
+        assert [row["status"] for row in rows] == ["ok"] * 2
+        assert {row["model"] for row in rows} == {"smollm2 (random weights)"}
 
 
 def ncu(arguments: list[str]) -> list[str]:
@@ -149,7 +171,9 @@ def test_a_command_that_outlasts_its_limit_is_stopped_and_logged(tmp_path: Path)
     assert "begun" in log.read_text() and "[exit 124" in log.read_text()
 
 
-def test_the_pack_is_pinned_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pack_is_pinned_and_measured(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert gpu.pinned("trl") == "trl==1.16.0" and gpu.pinned("dill") == "dill"
     fetched: list[list[str]] = []
     real = subprocess.run
@@ -162,11 +186,15 @@ def test_the_pack_is_pinned_and_measured(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(gpu.subprocess, "run", fake)
     monkeypatch.setattr(gpu, "PACK", tmp_path)
+    monkeypatch.setattr(gpu, "HH", packed / HH.name)
+    monkeypatch.setenv("DILKERN_CACHE", str(packed / "cache"))
     (tmp_path / "old.whl").write_bytes(b"")
     gpu.pack()
     assert "trl==1.16.0" in fetched[0] and not (tmp_path / "old.whl").exists()
     noted = json.loads((tmp_path / "commit.json").read_text())
     assert set(noted) == {"commit", "dirty", "fingerprint"}
+    there = {path.name for path in tmp_path.rglob("*.json*")}
+    assert {"config.json", "tokenizer.json", HH.name} <= there
     monkeypatch.setattr(gpu, "TREE_MIB", 1e-3)
     with pytest.raises(typer.Exit):
         gpu.pack()

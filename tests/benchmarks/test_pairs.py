@@ -82,6 +82,22 @@ def test_pairs_are_whole_seeded_and_enough(model: Path) -> None:
         pairs.draw_pairs(setup(model, prompt_share=0.9))
 
 
+def test_models_without_weights_get_random_ones_and_large_ones_four_bits(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in model.iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    bare = pairs.Setup(str(tmp_path))
+    assert bare.name.endswith(" (random weights)") and not setup(model).name.endswith(")")
+    first, second = (pairs.make_model(bare).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    monkeypatch.setitem(pairs.MODELS, "micro-8b", pairs.MODELS["micro"])
+    kinds = [type(m) for m in pairs.make_model(pairs.Setup("micro-8b")).modules()]
+    assert kinds.count(bitsandbytes.nn.Linear4bit) == 7 and kinds.count(torch.nn.Linear) == 1
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_training_with_a_filter_goes_on_where_it_stopped_and_is_drawn(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,6 +1,6 @@
 """The commands of the GPU steps at tiny sizes, all in this one process: the imports take longest.
 
-TRITON_INTERPRET=1 python tests/benchmarks/tiny_steps.py FOLDER STEP...
+TRITON_INTERPRET=1 DILKERN_CACHE=PACK/cache python tests/benchmarks/tiny_steps.py FOLDER PACK STEP...
 """
 
 import runpy
@@ -11,7 +11,8 @@ from pathlib import Path
 from tools import gpu
 
 if __name__ == "__main__":
-    folder, *steps = sys.argv[1:]
+    folder, pack, *steps = sys.argv[1:]
+    gpu.PACK = Path(pack)
     for step in steps:
         stem = Path(folder, step, "tiny")
         stem.parent.mkdir()
