@@ -189,6 +189,7 @@ def run(words: list[str]) -> None:
         _announce(options, trainer)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    trainer.create_model_card(dataset_name=options.script.dataset_name)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=options.script.dataset_name)
     if not trainer.is_world_process_zero():

@@ -29,6 +29,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import DataCollatorForVisionUnpairedPreference
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
+from dilkern.integrations.card import model_card
 from dilkern.integrations.collators import (
     UnpairedCollator,
     UnpairedVisionCollator,
@@ -203,10 +204,6 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
     _signature_columns: Any
     _tag_names: Any = ["trl", "dil", "dilkern"]  # noqa: RUF012
     _name = "DIL"
-    _paper = {  # noqa: RUF012
-        "title": "On a Connection Between Imitation Learning and RLHF",
-        "id": "2503.05079",
-    }
 
     def __init__(
         self, model: Any, ref_model: Any = None, args: DILConfig | None = None, **kwargs: Any
@@ -427,16 +424,31 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         """Tokens of this run's batches on all ranks, prompts included, padding not."""
         return int(self._total_train_tokens)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write TRL's card, with a name where it says None for what is not on the hub."""
-        super().create_model_card(*args, **kwargs)
-        path = Path(self.args.output_dir) / "README.md"
-        if self.is_world_process_zero() and path.is_file():
-            base = get_config_model_id(self.model.config) or unwrap(self.model).__class__.__name__
-            card = path.read_text(encoding="utf-8")
-            card = card.replace("[None](https://huggingface.co/None)", f"`{base}`")
-            card = card.replace('model="None"', f'model="{self.args.output_dir}"')
-            path.write_text(card, encoding="utf-8")
+    def create_model_card(  # type: ignore[override]  # TRL's, not transformers'
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Write README.md into the output folder: loss, training, last results, how to load it."""
+        if not self.is_world_process_zero():
+            return
+        args, model = self.args, self.accelerator.unwrap_model(self.model)
+        configs = model.peft_config if is_peft_model(model) else {}
+        adapter = configs.get(model.active_adapter) if configs else None
+        base = get_config_model_id(model.config) or unwrap(model).__class__.__name__
+        card = model_card(
+            self._objective,
+            args,
+            self.state,
+            base=base,
+            adapter=adapter,
+            where=self.hub_model_id or args.output_dir,
+            name=model_name,
+            dataset=dataset_name,
+            tags=sorted({*self._tag_names, *([tags] if isinstance(tags, str) else tags or ())}),
+        )
+        card.save(Path(args.output_dir) / "README.md")
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with adapter_alone(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):

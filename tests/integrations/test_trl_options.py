@@ -8,7 +8,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from datasets import Dataset
-from training_runs import COMMON, losses
+from training_runs import COMMON, lora, losses
 from trl import DPOConfig
 
 from dilkern import LOSSES
@@ -156,15 +156,33 @@ def test_pairs_that_truncation_makes_equal_are_refused(quick):
         quick(data=Dataset.from_list(rows), max_length=20)
 
 
-def test_the_model_card_names_a_model_that_is_not_on_the_hub(quick, folder, tmp_path):
-    for model, name in ((None, folder), (tiny.build(), "LlamaForCausalLM")):
-        trainer = quick(model, loss_type="simpo")
-        trainer.create_model_card("mine")
-        card = (tmp_path / "out" / "README.md").read_text()
-        assert "None" not in card
-        assert f"fine-tuned version of `{name}`" in card
-        assert {"trl", "dil", "simpo"} <= set(trainer.model.model_tags)
-    assert "- simpo" in card
+def test_the_model_card_says_what_was_trained_how_and_how_to_load_it(quick, folder, tmp_path):
+    from huggingface_hub import ModelCard
+
+    trainer = quick(loss_type="simpo", beta=3.0, max_steps=2, init={"peft_config": lora()})
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card("mine", "org/pairs", "first")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "None" not in card.content and card.data.library_name == "peft"
+    assert {"trl", "dil", "simpo", "first"} <= set(card.data.tags)
+    assert card.data.datasets == ["org/pairs"] and card.data.base_model is None  # a folder here
+    for text in ("# mine", f"An adapter of `{folder}`", "beta=3.0", "Meng et al. 2024", "LORA, r=4",
+                 "2 of 4 examples", "| loss | "):  # fmt: skip
+        assert text in card.text, text
+    assert "xiao2025" not in card.text
+    code = card.text.partition("```python\n")[2].partition("```")[0]
+    found = {}
+    exec(code, found)
+    assert found["model"].peft_config["default"].r == 4
+
+
+def test_the_card_of_a_whole_model_without_a_name(quick, tmp_path):
+    trainer = quick(tiny.build(), loss_type="lsif", reference_free=True)
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A fine-tuned version of `LlamaForCausalLM`" in card and "xiao2025" in card
+    assert "## Results" not in card and "None" not in card
 
 
 def test_a_loss_of_nan_is_logged_as_it_is(quick):
