@@ -82,11 +82,10 @@ def expected_words(
     if liked and hands_out_views(head, hidden.dtype):
         acc = torch.promote_types(hidden.dtype, torch.float32)
         mean = hidden.index_select(0, rows).mean(0, dtype=acc, keepdim=True).to(hidden.dtype)
-        scores = [
-            matmul(mean, weight_block(head, start, end, hidden.dtype).t(), acc).squeeze(0)
-            for start, end in blocks.words(head.vocab_size)
-        ]
-        score, bias = torch.cat(scores), head.bias()
+        score, bias = mean.new_empty(head.vocab_size, dtype=acc), head.bias()
+        for start, end in blocks.words(head.vocab_size):  # kept apart, results would hold up the heap
+            weight = weight_block(head, start, end, hidden.dtype)
+            score[start:end] = matmul(mean, weight.t(), acc).squeeze(0)
         if bias is not None:
             score += bias.to(acc)
         found = torch.cat([found, score.topk(liked).indices]).unique()
