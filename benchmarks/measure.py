@@ -51,9 +51,15 @@ def _status_mib(field: str) -> float:
     return int(status.split(f"{field}:")[1].split()[0]) / 1024
 
 
+def trim_heap() -> None:
+    """Give freed heap back to the system, or it stays resident."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def peak_mib(call: Callable[[], object], device: torch.device) -> float:
     """Peak memory of one call above what is resident at its start."""
-    gc.collect()
+    trim_heap()  # it would hide a peak
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -61,8 +67,6 @@ def peak_mib(call: Callable[[], object], device: torch.device) -> float:
         start = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - start) / MIB
-    # Freed heap that stays resident would hide a peak: give it back first.
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
     resident = _status_mib("VmRSS")
     call()
