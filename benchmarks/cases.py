@@ -206,7 +206,7 @@ CASE_SETS = {
         case_of("scaling", 1024),
         "torch",
         tokens=_powers(8, 11),
-        vocab=_powers(12, 15),
+        vocab=_powers(12, 18),
         hidden=_powers(7, 10),
         workspace_mib=(4, 16, 64, 256),
     ),
