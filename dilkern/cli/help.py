@@ -28,6 +28,7 @@ dashes and underscores are the same, and --no-NAME turns a switch off.
 
 What
   --model MODEL       folder or hub id
+  --gguf-file NAME    of a GGUF file there: dequantised, into DIR/_base
   --dataset DATA      .jsonl, .parquet, a folder of them, or hub id
   --eval-dataset DATA held-out data; or --eval-split 0.1 of the data
   --output-dir DIR    where everything goes; default out
@@ -76,6 +77,7 @@ Predicts the memory of a run with three loss heads, and the longest sequence
 that fits, from the config alone.
 
   --model MODEL       folder with a config.json, or hub id
+  --gguf-file NAME    of a GGUF file there
   --seq-len N         tokens per sequence; default 2048
   --batch-size N      pairs per device and step; default 1
   --vram X            memory of the GPU in GiB; default 24

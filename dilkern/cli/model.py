@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,33 +15,85 @@ from torch import nn
 from dilkern.validation import nearest, reject
 
 
-def _check_no_gguf(model: str, option: str) -> None:
+def locate(
+    model: str, gguf_file: str | None = None, *, option: str = "--model"
+) -> tuple[str, str | None]:
+    """Return the folder or hub id of a model, and the GGUF file in it that is meant, if one is.
+
+    Args:
+        model: folder, hub id, or a GGUF file itself.
+        gguf_file: name of a GGUF file in it.
+        option: what gave `model`.
+
+    Raises:
+        ValueError: GGUF files and none named, one that is not there, or no package to read it.
+    """
     path = Path(model)
-    folder = path.is_dir() and not (path / "config.json").exists()
-    found = next(path.glob("*.gguf"), None) if folder else path
-    if found is not None and found.suffix == ".gguf":
-        reject(
-            f"{option} must have weights that can be trained",
-            f"{found}, a GGUF file: weights quantised for inference with llama.cpp",
-            "Take the original model, in safetensors, from the hub page that the GGUF names as its "
-            "base; --load-in-4bit loads that one in 4 bits.",
-        )
+    if path.suffix == ".gguf" and path.is_file():
+        if gguf_file is not None:
+            received = f"{option} {model} and --gguf-file {gguf_file}"
+            reject("a GGUF file is named once", received, "Drop one of them.")
+        model, gguf_file = str(path.parent), path.name
+    elif path.is_dir():
+        found = sorted(file.name for file in path.glob("*.gguf"))
+        names = ", ".join(found) or "none"
+        if gguf_file is not None and not (path / gguf_file).is_file():
+            received = f"{gguf_file!r}, which is not in {model}"
+            reject("--gguf-file must name a file in --model", received, f"Files there: {names}.")
+        if gguf_file is None and found and not (path / "config.json").exists():
+            reject(
+                f"of a folder of GGUF files {option} needs to know which",
+                f"{model} with {names}",
+                f"Add --gguf-file {found[0]}."
+                if option == "--model"
+                else f"Write {option} {path / found[0]}.",
+            )
+    if gguf_file is not None and importlib.util.find_spec("gguf") is None:
+        rule = f"{gguf_file} is read with the package gguf"
+        reject(rule, "it is not installed", "pip install 'dilkern[models]'")
+    return model, gguf_file
+
+
+def dequantize(model: str, gguf_file: str, folder: Path, **options: Any) -> None:
+    """Write the model of a GGUF file, its weights unpacked, and its tokenizer into a folder.
+
+    Args:
+        model: folder or hub id of the file.
+        gguf_file: its name.
+        folder: where they go; what is there is replaced.
+        options: of `from_pretrained`, such as dtype and revision.
+    """
+    import transformers
+
+    # Without it the weights stay packed: nothing to train, and nothing that can be saved.
+    if hasattr(transformers, "GgufConfig"):  # else they are always unpacked
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        model, gguf_file=gguf_file, **options
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    loaded.save_pretrained(folder)
 
 
 def model_config(
-    model: str, trust_remote_code: bool = False, *, revision: str = "main", option: str = "--model"
+    model: str,
+    trust_remote_code: bool = False,
+    *,
+    revision: str = "main",
+    gguf_file: str | None = None,
+    option: str = "--model",
 ) -> Any:
-    """Return the configuration of a folder or of a model of the hub.
+    """Return the configuration of a folder, of a model of the hub, or of a GGUF file in one of them.
 
     Raises:
         ValueError: there is none, or transformers does not know it.
     """
     from transformers import AutoConfig
 
-    _check_no_gguf(model, option)
+    gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         return AutoConfig.from_pretrained(
-            model, trust_remote_code=trust_remote_code, revision=revision
+            model, trust_remote_code=trust_remote_code, revision=revision, **gguf
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0].partition(". Should have")[0].rstrip(".")
@@ -52,7 +106,8 @@ def model_config(
             if local and (Path(model) / "config.json").exists()
             else "Check the path: model.save_pretrained(folder) writes what is needed."
             if local
-            else "Check the path or id, the network, and HF_TOKEN for a gated model.",
+            else "Check the path or id, the network, and HF_TOKEN for a gated model; a file of GGUF "
+            "weights is named with --gguf-file.",
         )
 
 

@@ -21,7 +21,7 @@ import torch
 from trl.scripts.utils import ScriptArguments, TrlParser
 from trl.trainer.model_config import ModelConfig
 
-from dilkern.cli.model import check_adapter_options
+from dilkern.cli.model import check_adapter_options, locate
 from dilkern.integrations.trl_config import DILConfig
 from dilkern.validation import check_choice, check_positive, nearest, raised_by_check, reject
 
@@ -71,6 +71,9 @@ _ADAPTER_DEFAULTS = {
 class TrainArguments(ScriptArguments):  # type: ignore[misc]
     """What is neither of the model nor of the trainer."""
 
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "GGUF file of --model; it is dequantised."}
+    )
     eval_dataset: str | None = field(default=None, metadata={"help": "Held-out data."})
     eval_split: float = field(default=0.0, metadata={"help": "Share of the data held out."})
     ref_model: str | None = field(default=None, metadata={"help": "Reference model."})
@@ -346,6 +349,9 @@ def read(words: list[str]) -> Options:
     for name in ("model_name_or_path", "dataset_name"):
         if not given.get(name):
             reject(f"`dilkern train` needs {flag(name)}", "none", "See dilkern train --help.")
+    given["model_name_or_path"], given["gguf_file"] = locate(
+        given["model_name_or_path"], given.get("gguf_file")
+    )
     for name, example in (
         ("learning_rate", 1e-4), ("num_train_epochs", 1), ("per_device_train_batch_size", 4),
         ("gradient_accumulation_steps", 1), ("logging_steps", 10),

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dilkern.cli.model import (
     check_adapter_options,
+    locate,
     model_config,
     on_meta_device,
     positions_of,
@@ -47,6 +48,7 @@ class Setting:
     """What the user chooses: the options of the command."""
 
     model: str | None = None
+    gguf_file: str | None = None
     seq_len: int = 2048
     batch_size: int = 1  # pairs: twice as many sequences
     vram: float = 24.0
@@ -62,16 +64,19 @@ class Setting:
         return 2 * self.batch_size * self.seq_len
 
 
-def read_shape(model: str, *, trust_remote_code: bool = False) -> Shape:
+def read_shape(
+    model: str, *, gguf_file: str | None = None, trust_remote_code: bool = False
+) -> Shape:
     """Build the model on the meta device, where weights take no memory, and count.
 
     Args:
         model: folder with a config.json, or hub id.
+        gguf_file: of a GGUF model its file there.
 
     Raises:
         ValueError: no such model, or not a causal LM.
     """
-    config = model_config(model, trust_remote_code)
+    config = model_config(model, trust_remote_code, gguf_file=gguf_file)
     built = on_meta_device(config, model, trust_remote_code)
     text = config.get_text_config()
     # (out, in) of each linear layer; GPT-2's keep their weight the other way round.
@@ -154,6 +159,7 @@ def _setting(words: list[str]) -> Setting:
     asked = Setting(**vars(parser.parse_args(words)))
     if asked.model is None:
         reject("`dilkern plan` needs --model", "none", "See dilkern plan --help.")
+    asked.model, asked.gguf_file = locate(asked.model, asked.gguf_file)
     check_positive("--seq-len", asked.seq_len, 2048)
     check_positive("--batch-size", asked.batch_size)
     check_positive("--workspace-mib", asked.workspace_mib, 256)
@@ -172,7 +178,9 @@ def _setting(words: list[str]) -> Setting:
 def run(words: list[str]) -> None:
     """Print the prediction for three loss heads."""
     asked = _setting(words)
-    shape = read_shape(str(asked.model), trust_remote_code=asked.trust_remote_code)
+    shape = read_shape(
+        str(asked.model), gguf_file=asked.gguf_file, trust_remote_code=asked.trust_remote_code
+    )
     sequence_limit(shape.positions, asked.seq_len, "--seq-len")
     tied = ", lm_head tied to the embedding" if shape.tied else ""
     positions = f", {shape.positions} positions" if shape.positions else ""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl.trainer.utils import get_peft_config, get_quantization_config
@@ -17,6 +18,8 @@ from trl.trainer.utils import get_peft_config, get_quantization_config
 from dilkern import __version__
 from dilkern.cli import report
 from dilkern.cli.model import (
+    dequantize,
+    locate,
     lora_targets,
     model_config,
     on_meta_device,
@@ -91,14 +94,33 @@ def _make_output_dir(folder: Path) -> None:
         reject("--output-dir must be a folder that can be written", str(error), "Choose another.")
 
 
-def _prepare(options: Options) -> dict[str, Any]:
+def _dequantized(options: Options, tokenizer: Any, resumed: bool, **source: Any) -> str:
+    """Unpack a GGUF file into a folder: what trains, and what an adapter needs. Return the folder.
+
+    A resumed run finds it. The underscore keeps it from being pushed to the hub with the rest.
+    """
+    config, model = options.config, options.model
+    folder = Path(config.output_dir) / "_base"
+    state = PartialState()
+    if state.is_main_process and not (resumed and (folder / "tokenizer_config.json").exists()):
+        source["dtype"] = config.model_init_kwargs["dtype"]
+        dequantize(model.model_name_or_path, options.script.gguf_file, folder, **source)
+        tokenizer.save_pretrained(folder)  # last: it tells that the folder is whole
+    state.wait_for_everyone()
+    config.model_init_kwargs["revision"] = "main"
+    model.model_name_or_path = str(folder)
+    return str(folder)
+
+
+def _prepare(options: Options, resumed: bool) -> dict[str, Any]:
     """Check everything that needs files, then return the keywords of the trainer."""
     script, config, model = options.script, options.config, options.model
     name = model.model_name_or_path
     train_data, eval_data = _datasets(options)
     trust = config.trust_remote_code
     source = {"trust_remote_code": trust, "revision": config.model_init_kwargs["revision"]}
-    architecture = model_config(name, **source)
+    gguf = {"gguf_file": script.gguf_file} if script.gguf_file else {}
+    architecture = model_config(name, **source, **gguf)
     if config.max_length is not None:
         asked = config.max_length if "max_length" in options.given else None
         config.max_length = sequence_limit(positions_of(architecture), asked)
@@ -109,8 +131,16 @@ def _prepare(options: Options) -> dict[str, Any]:
             [targets] if isinstance(targets, str) else targets,
         )
     if script.ref_model is not None:
+        _, file = locate(script.ref_model, option="--ref-model")
+        if file is not None:
+            reject(
+                "--ref-model must be a folder with a config.json or a model id of the hub",
+                f"the GGUF file {file}",
+                f"Dequantise it: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file={file!r}, "
+                "quantization_config=GgufConfig(dequantize=True)).save_pretrained(NEW).",
+            )
         model_config(script.ref_model, trust, option="--ref-model")
-    tokenizer = _tokenizer(name, **source)
+    tokenizer = _tokenizer(name, **source, **gguf)
     check_against_tokenizer(train_data, tokenizer, script.dataset_name)
     _make_output_dir(Path(config.output_dir))
     compute = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
@@ -118,6 +148,8 @@ def _prepare(options: Options) -> dict[str, Any]:
         # Frozen weights need no more digits than the products that they enter; trained ones do.
         model.dtype = compute if model.use_peft else "float32"
     config.model_init_kwargs.setdefault("dtype", model.dtype)
+    if script.gguf_file is not None:
+        name = _dequantized(options, tokenizer, resumed, **source)
     reference = None
     if script.ref_model is not None:
         init = {**config.model_init_kwargs, "dtype": getattr(torch, compute), "revision": "main"}
@@ -149,8 +181,13 @@ def _announce(options: Options, trainer: Any) -> None:
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     held_out = f", {len(trainer.eval_dataset)} held out" if trainer.eval_dataset is not None else ""
     cut = f", up to {args.max_length} tokens" if args.max_length is not None else ""
+    base = model.model_name_or_path
+    file = options.script.gguf_file
     lines = {
-        "model": f"{model.model_name_or_path} ({precision} on {args.device})",
+        "model": f"{base} ({precision} on {args.device})",
+        "gguf": file
+        and f"{file} was dequantised into {base}"
+        + (", which the adapter is loaded with: keep the two together" if model.use_peft else ""),
         "trained": f"{what}, learning rate {args.learning_rate:g}, {args.lr_scheduler_type.value}",
         "loss": f"{loss.name}: {loss.formula}",
         "": loss.note,
@@ -176,7 +213,7 @@ def run(words: list[str]) -> None:
     bars = sys.stderr.isatty() and not config.disable_tqdm
     config.disable_tqdm = not bars
     report.calm_libraries(bars)
-    keywords = _prepare(options)
+    keywords = _prepare(options, checkpoint is not None)
     rows_given, length = len(keywords["train_dataset"]), config.max_length
     metrics = report.MetricsFile(output_dir / "metrics.jsonl")
     with library_checks():
