@@ -14,6 +14,8 @@ from torch import nn
 
 from dilkern.validation import nearest, reject
 
+_ORIGINAL = "Take the original model, in safetensors, that the file was made of."
+
 
 def locate(
     model: str, gguf_file: str | None = None, *, option: str = "--model"
@@ -62,15 +64,24 @@ def dequantize(model: str, gguf_file: str, folder: Path, **options: Any) -> None
         gguf_file: its name.
         folder: where they go; what is there is replaced.
         options: of `from_pretrained`, such as dtype and revision.
+
+    Raises:
+        ValueError: weights of the model are not in the file, or not under names that are known.
     """
     import transformers
 
     # Without it the weights stay packed: nothing to train, and nothing that can be saved.
     if hasattr(transformers, "GgufConfig"):  # else they are always unpacked
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        model, gguf_file=gguf_file, **options
+    loaded, found = transformers.AutoModelForCausalLM.from_pretrained(
+        model, gguf_file=gguf_file, output_loading_info=True, **options
     )
+    if missing := sorted(found["missing_keys"]):  # which transformers fills with random numbers
+        reject(
+            f"{gguf_file} must hold every weight that transformers expects of its architecture",
+            f"none for {', '.join(missing[:3])}{', ...' if missing[3:] else ''}",
+            _ORIGINAL,
+        )
     shutil.rmtree(folder, ignore_errors=True)
     loaded.save_pretrained(folder)
 
@@ -97,6 +108,8 @@ def model_config(
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0].partition(". Should have")[0].rstrip(".")
+        if gguf_file is not None:
+            reject("a GGUF file must be one that transformers reads", reason, _ORIGINAL)
         local = Path(model).is_dir()
         reject(
             f"{option} must be a folder with a config.json or a model id of the hub",

@@ -1,6 +1,7 @@
 """Small models of real architectures and a tokenizer trained on the spot, for the trainer tests."""
 
 import functools
+import json
 
 import torch
 from datasets import Dataset
@@ -167,3 +168,50 @@ def save_llava(folder):
     torch.manual_seed(0)
     transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
     return str(folder)
+
+
+def save_gguf(path):
+    """Write a Qwen3 and its tokenizer as a GGUF file of Q8_0 weights; return what these stand for."""
+    import gguf
+
+    model, words = build("qwen3", head_dim=128), tokenizer()  # the one that transformers assumes
+    config = model.config
+    writer = gguf.GGUFWriter(str(path), "qwen3")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    table = sorted(words.get_vocab().items(), key=lambda item: item[1])
+    special = set(words.all_special_ids) | set(words.added_tokens_decoder)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([word for word, _ in table])
+    writer.add_token_types([3 if number in special else 1 for _, number in table])
+    merges = json.loads(words.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_eos_token_id(words.eos_token_id)
+    writer.add_pad_token_id(words.pad_token_id)
+    writer.add_chat_template(TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
+    kept = {}
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight":  # tied
+            continue
+        values = weight.numpy()
+        kind = gguf.GGMLQuantizationType.F32
+        if weight.dim() == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            values = gguf.quants.quantize(values, kind)
+        kept[name] = torch.from_numpy(gguf.quants.dequantize(values, kind))
+        writer.add_tensor(names.get_name(name, (".weight",)), values, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return kept

@@ -387,15 +387,75 @@ def test_refused_before_training(folder, data, tmp_path, options, message):
 def test_folders_that_hold_no_model_are_refused(data, tmp_path):
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text('{"hidden_size": 8}')
-    (tmp_path / "gguf").mkdir()
-    (tmp_path / "gguf" / "model.Q4_K_M.gguf").touch()
-    for name, message in (
-        ("bare", "config.json needs the model_type"),
-        ("gguf", "a GGUF file: .*Take the original model"),
-        ("gguf/model.Q4_K_M.gguf", "a GGUF file: .*Take the original model"),
+    with pytest.raises(ValueError, match=r"config.json needs the model_type"):
+        train(*flags(str(tmp_path / "bare"), data, tmp_path / "out"))
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    """A GGUF file, and the weights that it stands for."""
+    pytest.importorskip("gguf")
+    file = tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf"
+    return file, tiny.save_gguf(file)
+
+
+def test_a_gguf_file_is_dequantised_and_its_adapter_finds_the_base(gguf, data, tmp_path, capsys):
+    from peft import AutoPeftModelForCausalLM
+
+    file, weights = gguf
+    out = tmp_path / "out"
+    options = {"gguf-file": file.name, "max-steps": 2, "save-steps": 1, "lora-target": "q_proj"}
+    train(*flags(str(file.parent), data, out, **options))
+    said = "".join(capsys.readouterr().out.split())  # lines end at hyphens too
+    assert f"gguf{file.name}wasdequantisedinto{out}/_base,whichtheadapter" in said
+    base = transformers.AutoModelForCausalLM.from_pretrained(out / "_base")
+    for name, weight in weights.items():
+        assert torch.equal(base.state_dict()[name], weight), name
+    tuned = AutoPeftModelForCausalLM.from_pretrained(out)
+    assert tuned.peft_config["default"].base_model_name_or_path == str(out / "_base")
+    assert any(p.any() for name, p in tuned.named_parameters() if "lora_B" in name)
+    words = transformers.AutoTokenizer.from_pretrained(out)
+    assert words.chat_template == tiny.TEMPLATE
+    text = ROWS[0]["chosen"][0]["content"]
+    assert words.decode(words(text)["input_ids"]) == text
+
+    folder, before = out / "_base", (out / "_base" / "model.safetensors").stat().st_mtime_ns
+    (out / "checkpoint-2" / "trainer_state.json").unlink()
+    train(*flags(str(file), data, out, **{**options, "gguf-file": None, "resume": True}))
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before, "a resumed run finds it"
+
+
+@pytest.mark.parametrize(
+    "options", [{"lora-r": 0, "gguf_file": "tiny.Q8_0.gguf"}, {"load-in-4bit": True}], ids=str
+)
+def test_what_else_a_gguf_file_goes_with(gguf, data, tmp_path, options):
+    if "load-in-4bit" in options:
+        pytest.importorskip("bitsandbytes")
+    file, _ = gguf
+    model = file.parent if "gguf_file" in options else file
+    train(*flags(str(model), data, tmp_path / "out", **{"max-steps": 1, **options}))
+    assert metrics(tmp_path / "out")[0]["loss"] == pytest.approx(-0.5, abs=1e-6)
+
+
+def test_gguf_files_are_named_once_and_exist(folder, data, tmp_path, monkeypatch):
+    packed = tmp_path / "gguf"
+    packed.mkdir()
+    for name in ("b.gguf", "a.gguf"):
+        (packed / name).touch()
+    for options, message in (
+        ({"model": packed}, "which; received .*with a.gguf, b.gguf. Add --gguf-file a.gguf"),
+        ({"model": packed, "gguf-file": "c.gguf"}, "not in .* Files there: a.gguf, b.gguf"),
+        ({"model": folder, "gguf-file": "c.gguf"}, "not in .* Files there: none"),
+        ({"model": packed / "a.gguf", "gguf-file": "b.gguf"}, "named once"),
+        ({"model": packed / "a.gguf"}, "must be one that transformers reads.*in safetensors"),
+        ({"ref-model": packed}, "--ref-model needs to know which.*Write --ref-model .*/a.gguf"),
+        ({"ref-model": packed / "a.gguf"}, "--ref-model must be .*the GGUF file a.gguf. Deq"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(*flags(str(tmp_path / name), data, tmp_path / "out"))
+            train(*flags(folder, data, tmp_path / "out", **options))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"not installed. pip install 'dilkern\[models\]'"):
+        read(flags(str(packed / "a.gguf"), data, tmp_path / "out"))
 
 
 def test_no_chat_template_is_refused_before_training(data, tmp_path):
@@ -557,6 +617,15 @@ def test_plan(folder, tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert "lm_head tied to the embedding" in said[0] and "LoRA of rank 8" in said[1]
     assert [line.split()[0] for line in said[3:]] == ["naive", "trl", "dilkern"]
+
+
+def test_plan_reads_a_gguf_file(gguf, tmp_path):
+    from dilkern.cli.plan import read_shape
+
+    shape = read_shape(str(gguf[0].parent), gguf_file=gguf[0].name)
+    assert shape == read_shape(tiny.save(tmp_path, "qwen3", head_dim=128))
+    with pytest.raises(ValueError, match=f"Add --gguf-file {gguf[0].name}"):
+        plan(["--model", str(gguf[0].parent)])
 
 
 def test_plan_counts_the_layers_of_gpt2(tmp_path):
