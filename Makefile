@@ -24,9 +24,9 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(BIN)/pip install -q -e '.[dev]'
 	touch $@
 
-# make demo DATA=pairs.jsonl trains on preference pairs of your own.
+# make demo DATA=pairs.jsonl MODEL=folder-or-hub-id trains on pairs, or a model, of your own.
 demo: install
-	$(BIN)/python examples/demo.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python examples/demo.py $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL))
 
 # Kernels run in Triton's interpreter, which must be chosen before Triton is imported, and are
 # compiled without a GPU, which the interpreter forbids: hence several processes. The tests of the op

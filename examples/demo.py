@@ -2,8 +2,9 @@
 
     python examples/demo.py [--data FILE.jsonl] [--model FOLDER_OR_HUB_ID] [--output-dir out/demo]
 
-The shipped pairs (data/README.md) prefer one plain sentence to rambling. Where SmolLM2 cannot be
-fetched, a small model is built and warmed up here in its place.
+The shipped pairs prefer one plain sentence, written by hand, to what SmolLM2 says by itself, which
+is long and often wrong (data/README.md). Where SmolLM2 cannot be fetched, a small model is built and
+warmed up in its place.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ sys.path.insert(0, str(ROOT))  # an uninstalled checkout works too
 
 HELD_OUT = 24  # pairs at most; for fewer than 96, a quarter
 ASKED, SHOWN, WORDS = 12, 4, 64  # held-out prompts answered and printed; tokens of an answer
-LORA = ("--lora-r", "16", "--learning-rate", "1e-3")
+HEAD = (1024, 128256, 512)  # of the memory and time: tokens, words, hidden size
+WARM_UP = 150  # steps of the small model
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -35,9 +37,10 @@ TEMPLATE = (
 
 def train(*arguments: str, quiet: bool = False) -> None:
     """Run the real command line, in a process of its own; end where it ends with an error."""
-    words = ["dilkern", "train", *arguments, "--max-length", "512", "--no-gradient-checkpointing"]
-    lines = textwrap.wrap(" ".join(words), 76, break_on_hyphens=False, break_long_words=False)
-    print("\n$ " + " \\\n    ".join(lines) + "\n", flush=True)
+    words = ["dilkern", "train", *arguments, "--no-gradient-checkpointing"]
+    options = [option.replace(" ", "\0") for option in " ".join(words).split(" --")]
+    lines = textwrap.wrap(" --".join(options), 76, break_on_hyphens=False, break_long_words=False)
+    print("\n$ " + " \\\n    ".join(lines).replace("\0", " ") + "\n", flush=True)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-m", *words],
@@ -94,7 +97,7 @@ def small_model(rows: list[dict[str, Any]], out: Path) -> str:
     turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     train(
         "--model", str(out / "untrained"), "--dataset", write(rows + turned, out / "both.jsonl"),
-        "--loss", "sft", "--learning-rate", "2e-3", "--max-steps", "150", "--batch-size", "8",
+        "--loss", "sft", "--learning-rate", "2e-3", "--max-steps", str(WARM_UP), "--batch-size", "8",
         "--output-dir", str(out / "model"), "--save-strategy", "no", quiet=True,
     )  # fmt: skip
     return str(out / "model")
@@ -193,17 +196,16 @@ def table(out: Path, found: list[list[tuple[str, bool]]], pairs: int) -> None:
     print(f"  {f'words per answer ({len(found[0])} prompts)':<48}{means[0]:>9.1f}{means[1]:>9.1f}")
     shares = [sum(ended for _, ended in part) / len(part) for part in found]
     print(f"  {f'share that ends within {WORDS} tokens':<48}{shares[0]:>9.2f}{shares[1]:>9.2f}")
-    print("  * pairs whose chosen answer gained more over the start than the rejected one\n")
+    print("  * pairs whose chosen answer gained more over the start than the rejected one")
 
 
-def measure(kind: str) -> None:
+def measure(kind: str, tokens: int, vocab: int, width: int) -> None:
     """Forward and backward of the token log-probs at a real vocabulary; prints seconds and MiB."""
     import torch
 
     from dilkern import linear_logps
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokens, vocab, width = 1024, 128256, 512
     torch.manual_seed(0)
     hidden = torch.randn(tokens, width, device=device).requires_grad_()
     weight = torch.empty(vocab, width, device=device).normal_(std=width**-0.5)
@@ -239,18 +241,18 @@ def compare() -> None:
     found = {}
     for kind in ("full logits", "dilkern"):
         command = [sys.executable, str(Path(__file__).resolve()), "--measure", kind]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        found[kind] = json.loads(output.splitlines()[-1])
+        done = subprocess.run(
+            [*command, *map(str, HEAD)], check=True, capture_output=True, text=True
+        )
+        found[kind] = json.loads(done.stdout.splitlines()[-1])
     (seconds, mib, device), ours = found.values()
     print(
-        "The head alone at 128,256 words (1,024 tokens, D=512, fp32, forward and backward,\n"
-        f"{device}): memory above its inputs, and time"
+        f"\nThe loss head alone, {HEAD[1]:,} words: memory above its inputs, and time\n"
+        f"(log-probs of {HEAD[0]:,} tokens, D={HEAD[2]}, fp32 on {device}, forward and backward)"
     )
     for name, (taken, above, _) in found.items():
         print(f"  {name:<12}{above:>8.0f} MiB{taken:>8.2f} s")
-    print(
-        f"  dilkern is at {ours[1] / mib:.2f} of the memory and {ours[0] / seconds:.2f} of the time"
-    )
+    print(f"  {'':<12}{ours[1] / mib:>8.2f} x  {ours[0] / seconds:>8.2f} x")
 
 
 def demo(data: str, model: str | None, out: Path, steps: int) -> None:
@@ -268,9 +270,10 @@ def demo(data: str, model: str | None, out: Path, steps: int) -> None:
     model = model or real_model(out, rows)
     train(
         "--model", model, "--dataset", write(rows, out / "train.jsonl"),
-        "--eval-dataset", write(held_out, out / "held_out.jsonl"), "--loss", "lsif", *LORA,
+        "--eval-dataset", write(held_out, out / "held_out.jsonl"), "--loss", "lsif",
+        "--lora-r", "16", "--learning-rate", "1e-3",
         "--batch-size", "4", "--max-steps", str(steps), "--shared-prompts", "--logging-steps", "2",
-        "--eval-on-start", "--eval-steps", str(steps // 2), "--output-dir", str(adapter),
+        "--eval-on-start", "--eval-steps", str(max(steps // 2, 1)), "--output-dir", str(adapter),
         "--save-strategy", "no",
     )  # fmt: skip
     prompts = [row["prompt"] for row in held_out[:ASKED]]
@@ -289,10 +292,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--model", help="folder or hub id; default: SmolLM2-135M-Instruct")
     parser.add_argument("--output-dir", type=Path, default=Path("out/demo"))
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     if options.measure:
-        measure(options.measure)
+        measure(options.measure[0], *map(int, options.measure[1:]))
         return
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

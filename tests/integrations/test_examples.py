@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,12 @@ def arguments(tmp_path):
     ]  # fmt: skip
 
 
+def write_unpaired(folder):
+    path = folder / "unpaired.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in tiny.unpaired(8)))
+    return str(path)
+
+
 @pytest.mark.parametrize("name", ["plain_trainer", "accelerate_loop"])
 def test_example(name, arguments, tmp_path):
     losses = load(name).main(arguments)
@@ -51,12 +58,65 @@ def test_lightning_example(arguments, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_shipped_pairs():
+def test_shipped_pairs_prefer_a_short_answer_to_rambling():
     rows = read_preferences(str(EXAMPLES / "data" / "preferences.jsonl"))
-    assert len(rows) >= 64
+    assert len(rows) >= 128
     prompts = [row["prompt"][0]["content"] for row in rows]
     assert len(set(prompts)) == len(prompts)
-    assert all(row["chosen"] != row["rejected"] for row in rows)
+    for row in rows:
+        chosen, rejected = (len(row[k][0]["content"].split()) for k in ("chosen", "rejected"))
+        assert chosen <= 25 and rejected >= 20 and chosen < rejected, row["prompt"]
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch, capfd):
+    """Run the demo with 2 steps, on little of its head; return what it prints."""
+    module = load("demo")
+    monkeypatch.setattr(module, "HEAD", (64, 512, 32))
+    monkeypatch.setattr(module, "WORDS", 8)
+    monkeypatch.setattr(module, "WARM_UP", 2)
+
+    def run(*words):
+        module.main([*words, "--steps", "2", "--output-dir", str(tmp_path / "out")])
+        said, errors = capfd.readouterr()
+        assert "Warning" not in said + errors and "{" not in said
+        assert max(map(len, re.sub(r"\S*/\S*", "", said).splitlines())) <= 80
+        return " ".join(said.split())
+
+    run.module = module
+    return run
+
+
+def test_demo_takes_a_model_and_pairs_of_ones_own(demo, arguments, tmp_path):
+    said = demo(*arguments[:4])
+    assert len((tmp_path / "out" / "held_out.jsonl").read_text().splitlines()) == 4
+    assert said.count(" before ") == said.count(" after ") == 4 + 1, "4 prompts and the table"
+    before, after = re.search(r"loss \(DIL-LSIF\) (\S+) (\S+)", said).groups()
+    assert before == "-0.50" and float(after) < -0.5
+    assert re.search(r"512 words.* dilkern \d+ MiB", said)
+    for name in re.findall(r"(?:adapter|picture) (/\S+)", said):
+        assert Path(name).exists()
+    with pytest.raises(SystemExit, match="the demo needs pairs"):
+        demo("--data", write_unpaired(tmp_path))
+
+
+def test_demo_builds_a_model_where_none_can_be_fetched(demo, monkeypatch, tmp_path):
+    from dilkern.cli import main
+
+    losses = []
+
+    def train(*words, quiet=False):
+        losses.append(words[words.index("--loss") + 1])
+        main(["train", *words])
+
+    monkeypatch.setattr(demo.module, "train", train)
+    monkeypatch.setattr(demo.module, "compare", lambda: None)
+    monkeypatch.setenv("DILKERN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("benchmarks.real_models.find_spec", lambda name: None)
+    said = demo()
+    assert "No SmolLM2 here" in said and "pip install gguf" in said
+    assert losses == ["sft", "lsif"], "a warm-up, and the demo as it always is"
+    assert "Held-out pairs (24) before after" in said
 
 
 def test_collator_refuses_rows_without_a_scored_token():
