@@ -150,20 +150,16 @@ def answer(model: Any, tokenizer: Any, prompts: list[Any]) -> list[tuple[str, bo
 def answers(model: str, adapter: Path, prompts: list[Any]) -> list[list[tuple[str, bool]]]:
     """Return what the model answers without and with the adapter."""
     import torch
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dilkern.cli import library_talk_kept_back
-
-    with library_talk_kept_back(), torch.no_grad():
-        from peft import PeftModel  # which looks for kernels that no CPU has, and says so
-
-        tokenizer = AutoTokenizer.from_pretrained(adapter, padding_side="left")
-        base = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-        base.to("cuda" if torch.cuda.is_available() else "cpu")
-        tuned = PeftModel.from_pretrained(base, adapter).eval()
-        with tuned.disable_adapter():
-            before = answer(tuned, tokenizer, prompts)
-        return [before, answer(tuned, tokenizer, prompts)]
+    tokenizer = AutoTokenizer.from_pretrained(adapter, padding_side="left")
+    base = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    base.to("cuda" if torch.cuda.is_available() else "cpu")
+    tuned = PeftModel.from_pretrained(base, adapter).eval()
+    with tuned.disable_adapter():
+        before = answer(tuned, tokenizer, prompts)
+    return [before, answer(tuned, tokenizer, prompts)]
 
 
 def show(prompts: list[Any], found: list[list[tuple[str, bool]]]) -> None:
@@ -303,11 +299,13 @@ def main(words: list[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if all(name is None or Path(name).exists() for name in (options.data, options.model)):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        demo(options.data, options.model, options.output_dir, options.steps)
-    except ValueError as error:
-        from dilkern.validation import raised_by_check
+    from dilkern.cli import library_talk_kept_back
+    from dilkern.validation import raised_by_check
 
+    try:
+        with library_talk_kept_back():
+            demo(options.data, options.model, options.output_dir, options.steps)
+    except ValueError as error:
         if not raised_by_check(error):
             raise
         sys.exit(f"error: {error}")
