@@ -295,6 +295,7 @@ def main(words: list[str] | None = None) -> None:
         return
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # no bars, of libraries that have no switch either
     # Threads that wait must not spin: on a busy machine that costs several times the work itself.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if all(name is None or Path(name).exists() for name in (options.data, options.model)):
