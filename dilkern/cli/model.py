@@ -73,9 +73,10 @@ def dequantize(model: str, gguf_file: str, folder: Path, **options: Any) -> None
     # Without it the weights stay packed: nothing to train, and nothing that can be saved.
     if hasattr(transformers, "GgufConfig"):  # else they are always unpacked
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    loaded, found = transformers.AutoModelForCausalLM.from_pretrained(
+    both: Any = transformers.AutoModelForCausalLM.from_pretrained(
         model, gguf_file=gguf_file, output_loading_info=True, **options
     )
+    loaded, found = both
     if missing := sorted(found["missing_keys"]):  # which transformers fills with random numbers
         reject(
             f"{gguf_file} must hold every weight that transformers expects of its architecture",
