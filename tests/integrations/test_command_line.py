@@ -211,7 +211,7 @@ def test_short_names_are_those_of_trl(tmp_path):
     assert (config.per_device_train_batch_size, config.per_device_eval_batch_size) == (3, 3)
     assert (config.gradient_accumulation_steps, config.lr_scheduler_type) == (4, "cosine")
     assert (config.max_log_ratio, config.length_normalize, config.bf16) == (None, False, False)
-    assert config.eval_strategy == "epoch"
+    assert (config.eval_strategy, config.eval_steps) == ("steps", 0.2)
     assert model.use_peft and model.lora_target_modules == ["q_proj", "k_proj"]
 
 

@@ -1,0 +1,89 @@
+"""Short runs of `DILTrainer` with one planted fault each, and healthy ones.
+
+Run by hand, `python tests/helpers/planted_runs.py` counts what `dilkern report` says of them, as the
+table in docs/guide.md.
+"""
+
+import random
+import sys
+import tempfile
+
+import tiny_models as tiny
+import torch
+from datasets import Dataset
+from training_runs import COMMON
+
+from dilkern.cli.findings import findings
+from dilkern.cli.run_folder import Run
+from dilkern.integrations.trl import DILConfig, DILTrainer
+
+GOOD = ["I am glad to say more about the {}.", "A {} is close to it.", "The {} is a good number."]
+BAD = ["No idea, look up the {} yourself.", "Really, a {}.", "What is it with the {} again?"]
+
+
+def rows(count, seed, longer=False, swapped=False, alike=False):
+    """Pairs of a kind and an unkind answer of one or two sentences.
+
+    Chosen ones may be longer by one to four; `alike`: both are kind, with another word in the end.
+    """
+    draw = random.Random(seed)
+    result = []
+    for i in range(count):
+        prompt = f"What is a {draw.choice(tiny.NOUNS)} number {i}?"
+        sides = [
+            " ".join(draw.choice(kind).format(draw.choice(tiny.NOUNS)) for _ in range(number))
+            for kind, number in (
+                (GOOD, draw.randint(1, 2) + (draw.randint(1, 4) if longer else 0)),
+                (BAD, draw.randint(1, 2)),
+            )
+        ]
+        if alike:
+            sides = [f"{sides[0]} {last}" for last in draw.sample(tiny.NOUNS, 2)]
+        chosen, rejected = sides[::-1] if swapped else sides
+        result.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return Dataset.from_list(result)
+
+
+def train(seed=0, *, pairs=32, held_out=24, warm_up=False, data=None, of_held_out=None, **options):
+    """Train a tiny Llama from a seed and return the run as `dilkern report` reads it.
+
+    `data` and `of_held_out` go to `rows`; `warm_up` is supervised, on the chosen answers.
+    """
+    data, of_held_out = data or {}, of_held_out or {}
+    settings = {
+        **COMMON, "max_steps": 24, "seed": seed, "eval_strategy": "steps", "eval_steps": 8, **options
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        init = {
+            "train_dataset": rows(pairs, seed, **data),
+            "eval_dataset": rows(held_out, seed + 100, **of_held_out),
+            "processing_class": tiny.tokenizer(),
+        }
+        model = tiny.save(f"{folder}/model", seed=seed)
+        if warm_up:
+            config = DILConfig(
+                folder, **{**COMMON, "max_steps": 60, "learning_rate": 5e-3}, loss_type="sft"
+            )
+            trainer = DILTrainer(model, args=config, **init)
+            trainer.train()
+            trainer.save_model(model)
+        trainer = DILTrainer(model, args=DILConfig(folder, **settings), **init)
+        trainer.train()
+    return Run("", trainer.state.log_history, {"loss": settings.get("loss_type", "lsif")})
+
+
+LONGER, ALIKE = {"longer": True}, {"alike": True}
+# anchor in docs/guide.md: what plants the fault
+FAULTS = {
+    "nan": {"learning_rate": 1e30, "max_grad_norm": 0},
+    "nothing-moves": {"learning_rate": 1e-7},
+    "chosen-falls": {"loss_type": "dpo", "warm_up": True, "data": ALIKE, "of_held_out": ALIKE},
+    "linear-extension": {"max_log_ratio": 0.02},
+    "flat-curve": {"loss_type": "dpo", "learning_rate": 1e-2, "max_steps": 48, "pairs": 8},
+    "length": {"loss_type": "dpo", "data": LONGER, "of_held_out": LONGER},
+    "swapped": {"data": {"swapped": True}},
+}
+HEALTHY = {
+    loss: {"loss_type": loss}
+    for loss in ("lsif", "ukl", "bce", "dpo", "dpo_norm", "ipo_norm", "kto", "simpo")
+}
