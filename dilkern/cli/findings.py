@@ -25,9 +25,9 @@ SPENT = 0.05
 # a fifth or more.
 LENGTH = 0.5
 LEAN = 1.2
-# Held-out accuracy, in standard errors of as many throws of a coin: below one half by so many, which
-# a coin does once in 700 runs, and not above it by so many, which a coin does not in five of six.
-SWAPPED = 3.0
+# What chance does once in 700 runs: so many standard errors away from what it does on average.
+SURE = 3.0
+# A coin does not come as far above one half in five runs of six.
 LEARNT = 1.0
 
 
@@ -134,18 +134,28 @@ def _spent(run: Run) -> Finding | None:
     return None
 
 
+def _pairs(run: Run) -> int | None:
+    """How many pairs are held out, from the time that their evaluation took."""
+    seconds, rate = last(run, "eval_runtime"), last(run, "eval_samples_per_second")
+    return None if seconds is None or rate is None else max(1, round(seconds * rate))
+
+
 def _length(run: Run) -> Finding | None:
     values = run.points("length/margin_corr")[1]
-    held_out = last(run, "eval_length/margin_corr")
-    if held_out is None and len(values) < 5:  # a handful of pairs correlates with anything
+    correlation, count = last(run, "eval_length/margin_corr"), _pairs(run)
+    if correlation is None or count is None:
+        if not values:
+            return None
+        # Each of these is of two pairs or more, so its own error is 1 at most.
+        correlation, count = sum(values) / len(values), len(values)
+    if abs(correlation) < max(LENGTH, SURE / math.sqrt(count)):
         return None
-    correlation = held_out if held_out is not None else sum(values) / len(values)
     chosen, rejected = last(run, "length/chosen"), last(run, "length/rejected")
     if chosen is None or rejected is None:
         return None
     longer = correlation > 0
     lean = (chosen / rejected if longer else rejected / chosen) if chosen and rejected else 1.0
-    if abs(correlation) < LENGTH or lean < LEAN:
+    if lean < LEAN:
         return None
     return Finding(
         f"{'longer' if longer else 'shorter'} answers win: the margin follows the length, as the "
@@ -158,13 +168,12 @@ def _length(run: Run) -> Finding | None:
 
 def _held_out(run: Run) -> Finding | None:
     training, held_out = last(run, "rewards/accuracies"), last(run, "eval_rewards/accuracies")
-    seconds, rate = last(run, "eval_runtime"), last(run, "eval_samples_per_second")
-    if training is None or held_out is None or seconds is None or rate is None:
+    pairs = _pairs(run)
+    if training is None or held_out is None or pairs is None:
         return None
-    pairs = max(1, round(seconds * rate))
     error = 0.5 / math.sqrt(pairs)  # of the accuracy of a coin
     numbers = f"accuracy {held_out:.2f} on {pairs} of them, {training:.2f} on training pairs"
-    if training > 0.5 and held_out < 0.5 - SWAPPED * error:
+    if training > 0.5 and held_out < 0.5 - SURE * error:
         what = "labels look swapped: the held-out pairs contradict what the training pairs teach"
         return Finding(what, numbers, "swapped")
     if held_out < 0.5 + LEARNT * error:

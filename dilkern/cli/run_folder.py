@@ -12,10 +12,10 @@ from dilkern.validation import reject
 History = list[dict[str, Any]]
 
 _SIDES = ("chosen", "rejected")
-# Of metrics.csv, left to right, in every run and also after a resume; metrics.jsonl holds whatever
-# else was logged. `split` is train or eval.
+# Of metrics.csv, left to right, in every run and also after a resume. metrics.jsonl holds whatever else
+# was logged: times, and num_tokens, which TRL counts anew after a resume. `split` is train or eval.
 COLUMNS = (
-    "step", "split", "epoch", "num_tokens", "loss", "learning_rate", "grad_norm",
+    "step", "split", "epoch", "loss", "learning_rate", "grad_norm",
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
     *(f"log_ratio/{side}_{figure}" for side in _SIDES for figure in ("avg", "std")),
     *(f"logps/{side}{figure}" for side in _SIDES for figure in ("", "_avg")),

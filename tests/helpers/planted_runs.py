@@ -1,12 +1,15 @@
 """Short runs of `DILTrainer` with one planted fault each, and healthy ones.
 
-Run by hand, `python tests/helpers/planted_runs.py` counts what `dilkern report` says of them, as the
-table in docs/guide.md.
+Run by hand, `python tests/helpers/planted_runs.py --write` counts what `dilkern report` says of them,
+in the table of docs/guide.md.
 """
 
+import contextlib
 import random
 import sys
 import tempfile
+from collections import Counter
+from pathlib import Path
 
 import tiny_models as tiny
 import torch
@@ -21,10 +24,11 @@ GOOD = ["I am glad to say more about the {}.", "A {} is close to it.", "The {} i
 BAD = ["No idea, look up the {} yourself.", "Really, a {}.", "What is it with the {} again?"]
 
 
-def rows(count, seed, longer=False, swapped=False, alike=False):
+def rows(count, seed, longer=False, swapped=False, alike=False, by_coin=False):
     """Pairs of a kind and an unkind answer of one or two sentences.
 
-    Chosen ones may be longer by one to four; `alike`: both are kind, with another word in the end.
+    Chosen ones may be longer by one to four; `alike`: both are kind, with another word in the end;
+    `by_coin`: which one is chosen says nothing.
     """
     draw = random.Random(seed)
     result = []
@@ -39,7 +43,8 @@ def rows(count, seed, longer=False, swapped=False, alike=False):
         ]
         if alike:
             sides = [f"{sides[0]} {last}" for last in draw.sample(tiny.NOUNS, 2)]
-        chosen, rejected = sides[::-1] if swapped else sides
+        turned = swapped or (by_coin and draw.random() < 0.5)
+        chosen, rejected = sides[::-1] if turned else sides
         result.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return Dataset.from_list(result)
 
@@ -72,18 +77,66 @@ def train(seed=0, *, pairs=32, held_out=24, warm_up=False, data=None, of_held_ou
     return Run("", trainer.state.log_history, {"loss": settings.get("loss_type", "lsif")})
 
 
-LONGER, ALIKE = {"longer": True}, {"alike": True}
-# anchor in docs/guide.md: what plants the fault
+def _both(**data):
+    return {"data": data, "of_held_out": data}
+
+
+# Anchor in docs/guide.md: what plants the fault.
 FAULTS = {
     "nan": {"learning_rate": 1e30, "max_grad_norm": 0},
     "nothing-moves": {"learning_rate": 1e-7},
-    "chosen-falls": {"loss_type": "dpo", "warm_up": True, "data": ALIKE, "of_held_out": ALIKE},
+    "chosen-falls": {"loss_type": "dpo", "warm_up": True, **_both(alike=True)},
     "linear-extension": {"max_log_ratio": 0.02},
     "flat-curve": {"loss_type": "dpo", "learning_rate": 1e-2, "max_steps": 48, "pairs": 8},
-    "length": {"loss_type": "dpo", "data": LONGER, "of_held_out": LONGER},
+    "length": {"loss_type": "dpo", **_both(longer=True)},
     "swapped": {"data": {"swapped": True}},
+    "not-told-apart": {"loss_type": "dpo", **_both(by_coin=True)},
 }
 HEALTHY = {
     loss: {"loss_type": loss}
     for loss in ("lsif", "ukl", "bce", "dpo", "dpo_norm", "ipo_norm", "kto", "simpo")
 }
+# The thresholds were settled while looking at seed 0.
+SEEDS = (1, 2, 3)
+
+
+def count():
+    """Return the rows of the table: what was planted, in how many runs, hits, what else was said."""
+    lines = ["| planted | runs | found | also said |", "|---|---|---|---|"]
+    for fault, options in FAULTS.items():
+        said = [[found.anchor for found in findings(train(seed, **options))] for seed in SEEDS]
+        others = Counter(anchor for anchors in said for anchor in anchors if anchor != fault)
+        also = ", ".join(f"{anchor} ({number})" for anchor, number in others.items()) or "-"
+        hits = sum(fault in anchors for anchors in said)
+        lines.append(f"| [{fault}](#{fault}) | {len(SEEDS)} | {hits} | {also} |")
+        print(lines[-1], file=sys.stderr)
+    said = {
+        f"{name}, seed {seed}": [found.anchor for found in findings(train(seed, **options))]
+        for name, options in HEALTHY.items()
+        for seed in SEEDS
+    }
+    alarms = "; ".join(f"{name}: {', '.join(found)}" for name, found in said.items() if found)
+    lines.append(f"| nothing: {', '.join(HEALTHY)} | {len(said)} | - | {alarms or '-'} |")
+    return lines
+
+
+def main():
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(sys.stderr):
+        table = "\n".join(count())
+    print(table)
+    if "--write" in sys.argv:
+        begin, end = "<!-- planted:begin -->", "<!-- planted:end -->"
+        guide = Path(__file__).parents[2] / "docs" / "guide.md"
+        before, _, rest = guide.read_text().partition(begin)
+        after = rest.partition(end)[2]
+        guide.write_text(f"{before}{begin}\n{table}\n{end}{after}")
+
+
+if __name__ == "__main__":
+    main()
