@@ -50,11 +50,13 @@ def joined(outputs: list[PreferenceLossOutput]) -> PreferenceLossOutput:
     return outputs[0]._replace(**columns, loss=loss, clip_fraction=clipped.to(loss.dtype).mean())
 
 
-def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's correlation of (N,) and (N,); 0 where one of them is constant."""
-    a, b = a - a.mean(), b - b.mean()
-    scale = (a.square().sum() * b.square().sum()).sqrt()
-    return torch.where(scale == 0, 0.0, (a * b).sum() / scale)
+def _line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope of the line through (N,) and (N,), and their correlation; 0 where one is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    both, of_x, of_y = (x * y).sum(), x.square().sum(), y.square().sum()
+    scale = (of_x * of_y).sqrt()
+    slope = torch.where(of_x == 0, 0.0, both / of_x)
+    return slope, torch.where(scale == 0, 0.0, both / scale)
 
 
 def preference_metrics(output: PreferenceLossOutput) -> dict[str, Tensor]:
@@ -64,11 +66,12 @@ def preference_metrics(output: PreferenceLossOutput) -> dict[str, Tensor]:
     pairs with a larger chosen reward (absent for unpaired batches), so 0.0 where policy ==
     reference; logps/* are means over sequences of summed log-probs, logps/*_avg of means per token;
     log_ratio/*_avg are means over sequences of the log-ratio to the reference per token, whatever
-    the f of the loss, and log_ratio/*_std their standard deviations (both absent without a
-    reference); length/* are means of scored tokens, and length/margin_corr is the correlation, over
-    pairs, of the margin with the difference in length; clip_frac/* are shares on the linear
-    extension; loss/chosen and loss/rejected are the means of the two sides of a pointwise loss,
-    loss/pair that of a pairwise one.
+    the f of the loss, log_ratio/*_std their standard deviations (both absent without a reference);
+    length/chosen and length/rejected are means of scored tokens; length/margin_slope is by how much,
+    over pairs, the margin grows per token of difference in length, length/margin_corr their
+    correlation (both absent for unpaired batches); clip_frac/* are shares on the linear extension;
+    loss/chosen and loss/rejected are the means of the two sides of a pointwise loss, loss/pair that
+    of a pairwise one.
 
     Example:
         >>> import torch
@@ -109,5 +112,7 @@ def preference_metrics(output: PreferenceLossOutput) -> dict[str, Tensor]:
     if o.paired:
         chosen, rejected = rewards
         metrics["rewards/accuracies"] = (chosen > rejected).to(chosen.dtype).mean()
-        metrics["length/margin_corr"] = _correlation(lengths[0] - lengths[1], chosen - rejected)
+        slope, correlation = _line(lengths[0] - lengths[1], chosen - rejected)
+        metrics["length/margin_slope"] = slope
+        metrics["length/margin_corr"] = correlation
     return metrics

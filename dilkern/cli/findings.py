@@ -21,10 +21,8 @@ FALL = 0.05
 EXTENSION = 0.05
 # What is left of the loss: on a logistic curve the slope has then fallen to about as little.
 SPENT = 0.05
-# A quarter of the variance of the margins is that of the lengths, where the data lean the same way by
-# a fifth or more.
-LENGTH = 0.5
-LEAN = 1.2
+# A third of the margin comes with the difference in length.
+LENGTH = 1 / 3
 # What chance does once in 700 runs: so many standard errors away from what it does on average.
 SURE = 3.0
 # A coin does not come as far above one half in five runs of six.
@@ -141,27 +139,27 @@ def _pairs(run: Run) -> int | None:
 
 
 def _length(run: Run) -> Finding | None:
-    values = run.points("length/margin_corr")[1]
-    correlation, count = last(run, "eval_length/margin_corr"), _pairs(run)
-    if correlation is None or count is None:
-        if not values:
-            return None
-        # Each of these is of two pairs or more, so its own error is 1 at most.
-        correlation, count = sum(values) / len(values), len(values)
-    if abs(correlation) < max(LENGTH, SURE / math.sqrt(count)):
+    pairs = _pairs(run)
+    prefix = "" if pairs is None else "eval_"
+    logged = run.points("length/margin_corr")[1]
+    names = [f"length/{name}" for name in ("margin_slope", "margin_corr", "chosen", "rejected")]
+    ends = [last(run, prefix + name) for name in [*names, "rewards/margins"]]
+    known = [end for end in ends if end is not None]
+    if len(known) < len(ends):
         return None
-    chosen, rejected = last(run, "length/chosen"), last(run, "length/rejected")
-    if chosen is None or rejected is None:
+    slope, correlation, chosen, rejected, margin = known
+    if margin <= 0:
         return None
-    longer = correlation > 0
-    lean = (chosen / rejected if longer else rejected / chosen) if chosen and rejected else 1.0
-    if lean < LEAN:
+    if pairs is None:
+        # Each log is of two pairs or more, so the error of one is 1 at most.
+        pairs, correlation = len(logged), sum(logged) / len(logged)
+    share = slope * (chosen - rejected) / margin
+    if share < LENGTH or abs(correlation) < SURE / math.sqrt(pairs):
         return None
     return Finding(
-        f"{'longer' if longer else 'shorter'} answers win: the margin follows the length, as the "
-        "data do",
-        f"correlation {correlation:+.2f} of a pair's margin with its difference in length; chosen "
-        f"{chosen:.0f}, rejected {rejected:.0f} tokens",
+        f"{'longer' if chosen > rejected else 'shorter'} answers win by their length",
+        f"{share:.0%} of the margin comes with the difference in length (correlation "
+        f"{correlation:+.2f}); chosen {chosen:.0f}, rejected {rejected:.0f} tokens",
         "length",
     )
 

@@ -19,7 +19,7 @@ COLUMNS = (
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
     *(f"log_ratio/{side}_{figure}" for side in _SIDES for figure in ("avg", "std")),
     *(f"logps/{side}{figure}" for side in _SIDES for figure in ("", "_avg")),
-    *(f"length/{side}" for side in _SIDES), "length/margin_corr",
+    *(f"length/{side}" for side in _SIDES), "length/margin_slope", "length/margin_corr",
     *(f"clip_frac/{side}" for side in _SIDES), "loss/chosen", "loss/rejected", "loss/pair",
     "kl", "aux_loss",
 )  # fmt: skip

@@ -296,11 +296,14 @@ def test_log_ratios_are_logged_per_token_with_their_spread_whatever_the_loss_mak
     assert not any(name.startswith("log_ratio") for name in free), "log-probs are no ratios"
 
 
-def test_the_correlation_of_margin_and_length_is_pearsons():
+def test_the_line_of_margin_over_length_is_that_of_least_squares():
     n, f = torch.tensor([3, 9, 5, 2, 4, 4]), torch.tensor([0.3, 0.9, 0.1, 0.2, 0.0, -0.3])
     metrics = preference_metrics(preference_loss(-f, n, log_ratios=f, loss="dpo"))
-    want = torch.corrcoef(torch.stack([n[:3] - n[3:], f[:3] - f[3:]]))[0, 1]
-    assert metrics["length/margin_corr"].item() == pytest.approx(want.item())
+    table = torch.stack([n[:3] - n[3:], 0.1 * (f[:3] - f[3:])])
+    assert metrics["length/margin_corr"].item() == pytest.approx(torch.corrcoef(table)[0, 1].item())
+    covariance = torch.cov(table)
+    slope = covariance[0, 1] / covariance[0, 0]
+    assert metrics["length/margin_slope"].item() == pytest.approx(slope.item())
     assert metrics["length/chosen"].item() == pytest.approx(17 / 3)
     alike = preference_metrics(preference_loss(-f, torch.full((6,), 4), log_ratios=f, loss="dpo"))
     assert alike["length/margin_corr"].item() == 0.0, "no length to follow"

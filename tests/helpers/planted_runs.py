@@ -24,11 +24,11 @@ GOOD = ["I am glad to say more about the {}.", "A {} is close to it.", "The {} i
 BAD = ["No idea, look up the {} yourself.", "Really, a {}.", "What is it with the {} again?"]
 
 
-def rows(count, seed, longer=False, swapped=False, alike=False, by_coin=False):
+def rows(count, seed, longer=False, alike=False, turned=0.0):
     """Pairs of a kind and an unkind answer of one or two sentences.
 
     Chosen ones may be longer by one to four; `alike`: both are kind, with another word in the end;
-    `by_coin`: which one is chosen says nothing.
+    `turned` is the share of pairs the wrong way round.
     """
     draw = random.Random(seed)
     result = []
@@ -43,8 +43,7 @@ def rows(count, seed, longer=False, swapped=False, alike=False, by_coin=False):
         ]
         if alike:
             sides = [f"{sides[0]} {last}" for last in draw.sample(tiny.NOUNS, 2)]
-        turned = swapped or (by_coin and draw.random() < 0.5)
-        chosen, rejected = sides[::-1] if turned else sides
+        chosen, rejected = sides[::-1] if draw.random() < turned else sides
         result.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return Dataset.from_list(result)
 
@@ -89,12 +88,19 @@ FAULTS = {
     "linear-extension": {"max_log_ratio": 0.02},
     "flat-curve": {"loss_type": "dpo", "learning_rate": 1e-2, "max_steps": 48, "pairs": 8},
     "length": {"loss_type": "dpo", **_both(longer=True)},
-    "swapped": {"data": {"swapped": True}},
-    "not-told-apart": {"loss_type": "dpo", **_both(by_coin=True)},
+    "swapped": {"data": {"turned": 1.0}},
+    "not-told-apart": {"loss_type": "dpo", **_both(turned=0.5)},
 }
 HEALTHY = {
     loss: {"loss_type": loss}
     for loss in ("lsif", "ukl", "bce", "dpo", "dpo_norm", "ipo_norm", "kto", "simpo")
+} | {
+    "dpo, a fifth of the labels wrong": {"loss_type": "dpo", **_both(turned=0.2)},
+    "lsif, a fifth of the labels wrong": _both(turned=0.2),
+    "lsif, chosen longer": _both(longer=True),
+    "dpo_norm, chosen longer": {"loss_type": "dpo_norm", **_both(longer=True)},
+    "lsif after a warm-up": {"warm_up": True, "learning_rate": 3e-4},
+    "dpo after a warm-up": {"loss_type": "dpo", "warm_up": True, "learning_rate": 3e-4},
 }
 # The thresholds were settled while looking at seed 0.
 SEEDS = (1, 2, 3)
