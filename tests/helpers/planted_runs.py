@@ -116,13 +116,10 @@ def count():
         hits = sum(fault in anchors for anchors in said)
         lines.append(f"| [{fault}](#{fault}) | {len(SEEDS)} | {hits} | {also} |")
         print(lines[-1], file=sys.stderr)
-    said = {
-        f"{name}, seed {seed}": [found.anchor for found in findings(train(seed, **options))]
-        for name, options in HEALTHY.items()
-        for seed in SEEDS
-    }
-    alarms = "; ".join(f"{name}: {', '.join(found)}" for name, found in said.items() if found)
-    lines.append(f"| nothing: {', '.join(HEALTHY)} | {len(said)} | - | {alarms or '-'} |")
+    for name, options in HEALTHY.items():
+        said = ", ".join(found.anchor for found in findings(train(SEEDS[0], **options)))
+        lines.append(f"| nothing: {name} | 1 | - | {said or '-'} |")
+        print(lines[-1], file=sys.stderr)
     return lines
 
 
