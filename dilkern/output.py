@@ -5,8 +5,9 @@ C chosen, R rejected sequences.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -27,9 +28,35 @@ class PreferenceLossOutput(NamedTuple):
     rejected_clipped: Tensor  # (R,) bool
     beta: float  # temperature in use, 1.0 for losses without one
     pairwise: bool  # one loss per pair, in chosen_losses
+    paired: bool  # chosen and rejected sequence i belong together
+    length_normalize: bool  # f is a mean over tokens, else a sum
+    reference: bool  # f is a log-ratio to a reference, else a log-prob
 
 
 DILLossOutput = PreferenceLossOutput
+
+
+def joined(outputs: list[PreferenceLossOutput]) -> PreferenceLossOutput:
+    """Put outputs of one loss together, of parts of a batch or of batches; the loss is their sum."""
+    if len(outputs) == 1:
+        return outputs[0]
+    columns: dict[str, Any] = {
+        name: torch.cat([getattr(output, name) for output in outputs])
+        for name in PreferenceLossOutput._fields
+        if name.startswith(("chosen_", "rejected_"))
+    }
+    clipped = torch.cat([columns["chosen_clipped"], columns["rejected_clipped"]])
+    loss = torch.stack([output.loss for output in outputs]).sum()
+    return outputs[0]._replace(**columns, loss=loss, clip_fraction=clipped.to(loss.dtype).mean())
+
+
+def _line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope of the line through (N,) and (N,), and their correlation; 0 where one is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    both, of_x, of_y = (x * y).sum(), x.square().sum(), y.square().sum()
+    scale = (of_x * of_y).sqrt()
+    slope = torch.where(of_x == 0, 0.0, both / of_x)
+    return slope, torch.where(scale == 0, 0.0, both / scale)
 
 
 def preference_metrics(output: PreferenceLossOutput) -> dict[str, Tensor]:
@@ -38,8 +65,13 @@ def preference_metrics(output: PreferenceLossOutput) -> dict[str, Tensor]:
     rewards/* are beta f with the f that the loss used; rewards/accuracies is the strict share of
     pairs with a larger chosen reward (absent for unpaired batches), so 0.0 where policy ==
     reference; logps/* are means over sequences of summed log-probs, logps/*_avg of means per token;
-    clip_frac/* are shares on the linear extension; loss/chosen and loss/rejected are the means of the
-    two sides of a pointwise loss, loss/pair that of a pairwise one.
+    log_ratio/*_avg are means over sequences of the log-ratio to the reference per token, whatever
+    the f of the loss, log_ratio/*_std their standard deviations (both absent without a reference);
+    length/chosen and length/rejected are means of scored tokens; length/margin_slope is by how much,
+    over pairs, the margin grows per token of difference in length, length/margin_corr their
+    correlation (both absent for unpaired batches); clip_frac/* are shares on the linear extension;
+    loss/chosen and loss/rejected are the means of the two sides of a pointwise loss, loss/pair that
+    of a pairwise one.
 
     Example:
         >>> import torch
@@ -51,23 +83,36 @@ def preference_metrics(output: PreferenceLossOutput) -> dict[str, Tensor]:
         1.0
     """
     o = output
-    chosen, rejected = o.beta * o.chosen_log_ratios, o.beta * o.rejected_log_ratios
-    metrics = {
-        "rewards/chosen": chosen.mean(),
-        "rewards/rejected": rejected.mean(),
-        "rewards/margins": chosen.mean() - rejected.mean(),
-        "logps/chosen": o.chosen_logps.mean(),
-        "logps/rejected": o.rejected_logps.mean(),
-        "logps/chosen_avg": (o.chosen_logps / o.chosen_lengths.clamp(min=1)).mean(),
-        "logps/rejected_avg": (o.rejected_logps / o.rejected_lengths.clamp(min=1)).mean(),
-        "clip_frac/chosen": o.chosen_clipped.float().mean(),
-        "clip_frac/rejected": o.rejected_clipped.float().mean(),
-    }
+    metrics: dict[str, Tensor] = {}
+    rewards, lengths = [], []
+    for side in ("chosen", "rejected"):
+        logps, f, length, losses, clipped = (
+            getattr(o, f"{side}_{name}")
+            for name in ("logps", "log_ratios", "lengths", "losses", "clipped")
+        )
+        length = length.to(f.dtype)
+        tokens = length.clamp(min=1)
+        rewards.append(o.beta * f)
+        lengths.append(length)
+        metrics[f"rewards/{side}"] = rewards[-1].mean()
+        metrics[f"logps/{side}"] = logps.mean()
+        metrics[f"logps/{side}_avg"] = (logps / tokens).mean()
+        if o.reference:
+            per_token = f if o.length_normalize else f / tokens
+            mean = per_token.mean()
+            metrics[f"log_ratio/{side}_avg"] = mean
+            metrics[f"log_ratio/{side}_std"] = (per_token - mean).square().mean().sqrt()
+        metrics[f"length/{side}"] = length.mean()
+        metrics[f"clip_frac/{side}"] = clipped.to(f.dtype).mean()
+        if not o.pairwise:
+            metrics[f"loss/{side}"] = losses.mean()
     if o.pairwise:
         metrics["loss/pair"] = o.chosen_losses.mean()
-    else:
-        metrics["loss/chosen"] = o.chosen_losses.mean()
-        metrics["loss/rejected"] = o.rejected_losses.mean()
-    if chosen.shape == rejected.shape:
+    metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    if o.paired:
+        chosen, rejected = rewards
         metrics["rewards/accuracies"] = (chosen > rejected).to(chosen.dtype).mean()
+        slope, correlation = _line(lengths[0] - lengths[1], chosen - rejected)
+        metrics["length/margin_slope"] = slope
+        metrics["length/margin_corr"] = correlation
     return metrics

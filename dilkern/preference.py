@@ -215,6 +215,7 @@ def _output(
     f: Tensor,
     losses: Tensor,
     clipped: Tensor,
+    has_reference: bool,
 ) -> PreferenceLossOutput:
     _refuse_clipped(objective, clipped, f)
 
@@ -227,7 +228,8 @@ def _output(
     clip_fraction = clipped.to(f.dtype).mean()
     return PreferenceLossOutput(
         loss, *sides(logps), *sides(f), clip_fraction, *sides(batch.lengths), *sides(losses),
-        *sides(clipped), objective.beta, objective.pairwise,
+        *sides(clipped), objective.beta, objective.pairwise, batch.is_chosen is None,
+        objective.length_normalize, has_reference,
     )  # fmt: skip
 
 
@@ -351,7 +353,8 @@ def _loss_in_one_launch(
         limit=float("inf") if limit is None else limit,
         param=next(iter(o.params.values()), 0.0),
     )
-    return _output(o, batch, loss, logps, f, losses, _clipped_sequences(o, batch, o.beta * f))
+    clipped = _clipped_sequences(o, batch, o.beta * f)
+    return _output(o, batch, loss, logps, f, losses, clipped, ref_logps is not None)
 
 
 def _clipped_sequences(objective: Objective, batch: _Batch, x: Tensor) -> Tensor:
@@ -395,7 +398,8 @@ def _loss_from_sequences(
         if sft_count is None:
             sft_count = o.sft_count(torch.where(chosen, batch.lengths, 0))
         total = total - o.sft_weight * mean(logps, chosen, sft_count)
-    return _output(o, batch, total, logps, f, losses, clipped)
+    has_reference = log_ratios is not None and log_ratios is not logps
+    return _output(o, batch, total, logps, f, losses, clipped, has_reference)
 
 
 def _pairs(objective: Objective, batch: _Batch, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -252,7 +252,7 @@ def compare() -> None:
 
 
 def demo(data: str, model: str | None, out: Path, steps: int) -> None:
-    from dilkern.cli.report import calm_libraries
+    from dilkern.cli.progress import calm_libraries
 
     start = time.perf_counter()
     calm_libraries(bars=False)

@@ -1,4 +1,4 @@
-"""The command line: `dilkern train`, `dilkern plan`, `dilkern doctor`."""
+"""The command line: `dilkern train`, `dilkern report`, `dilkern plan`, `dilkern doctor`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _run(words: list[str]) -> None:
     elif command not in HELP or command == "dilkern":
         near = nearest(command, HELP)
         reject(
-            "the command must be train, plan or doctor",
+            "the command must be train, report, plan or doctor",
             repr(command),
             f"Did you mean {near!r}?" if near else "See dilkern --help.",
         )

@@ -15,6 +15,7 @@ HELP = {
 Direct Imitation Learning and its rivals, without the logits.
 
   dilkern train     preference-tune a causal LM
+  dilkern report    say what runs show, and draw them over each other
   dilkern plan      predict the memory of a run from the model's config
   dilkern doctor    versions, devices, backends
 
@@ -70,6 +71,16 @@ How
   --logging-steps N, --eval-steps N, --save-steps N
 
 --help-all lists every option.""",
+    "report": """\
+Usage: dilkern report RUN... [--output FILE.png]
+
+Reads the metrics of one or several runs, says in words what they show, each
+with its figures and the section of docs/guide.md that explains it, and draws
+the runs over each other.
+
+  RUN                 --output-dir of `dilkern train`, or a folder with the
+                      trainer_state.json of any trainer
+  --output FILE       the picture, .png, .svg or .pdf; default report.png""",
     "plan": """\
 Usage: dilkern plan --model MODEL [options]
 

@@ -300,7 +300,9 @@ def _settle_evaluation(given: dict[str, Any]) -> None:
         reject("--eval-split must be a fraction between 0 and 1", str(share), "Use e.g. 0.1.")
     asked = [n for n in ("eval_steps", "eval_strategy") if given.get(n) not in (None, "no")]
     if share or given.get("eval_dataset"):
-        given.setdefault("eval_strategy", "steps" if "eval_steps" in asked else "epoch")
+        if not asked:
+            given.setdefault("eval_steps", 0.2)  # at each fifth of the run: a curve
+        given.setdefault("eval_strategy", "steps")
     elif asked and ("eval_strategy" not in asked or Path(given["dataset_name"]).is_file()):
         # Of other datasets there is --dataset-test-split, as in TRL.
         reject(

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from dilkern import __version__
-from dilkern.cli import report
+from dilkern.cli import picture, progress, run_folder
 from dilkern.cli.model import (
     dequantize,
     locate,
@@ -37,7 +37,7 @@ def _checkpoint(options: Options) -> str | None:
     """Return the checkpoint to go on from; refuse to write over those of another run."""
     output_dir = Path(options.config.output_dir)
     if options.script.resume:
-        return str(report.latest_checkpoint(output_dir))
+        return str(run_folder.latest_checkpoint(output_dir))
     named = options.config.resume_from_checkpoint
     if named is not None:
         if not Path(named).is_dir():
@@ -201,6 +201,11 @@ def _announce(options: Options, trainer: Any) -> None:
             )
 
 
+def _write_summary(summary: dict[str, Any], output_dir: Path) -> None:
+    text = json.dumps(summary, indent=2) + "\n"
+    (output_dir / "summary.json").write_text(text, encoding="utf-8")
+
+
 def run(words: list[str]) -> None:
     """Train, then write model or adapter, metrics and plot."""
     if "--help-all" in words:
@@ -212,18 +217,27 @@ def run(words: list[str]) -> None:
     output_dir = Path(config.output_dir)
     bars = sys.stderr.isatty() and not config.disable_tqdm
     config.disable_tqdm = not bars
-    report.calm_libraries(bars)
+    progress.calm_libraries(bars)
     keywords = _prepare(options, checkpoint is not None)
     rows_given, length = len(keywords["train_dataset"]), config.max_length
-    metrics = report.MetricsFile(output_dir / "metrics.jsonl")
+    metrics = progress.MetricsFile(output_dir / "metrics.jsonl")
     with library_checks():
         trainer = DILTrainer(**keywords, callbacks=[metrics])
     trainer.remove_callback(ProgressCallback if bars else PrinterCallback)
     if bars:
-        trainer.add_callback(report.Bar)
-    trainer.add_callback(report.ProgressTable("logging_steps" not in options.given))
+        trainer.add_callback(progress.Bar)
+    reference = LOSSES[config.loss_type].reference and not config.reference_free
+    chooses = "logging_steps" not in options.given
+    trainer.add_callback(progress.ProgressTable(chooses, reference))
+    settings = {
+        "loss": config.loss_type,
+        "model": options.model.model_name_or_path,
+        "learning_rate": trainer.args.learning_rate,
+        "max_log_ratio": config.max_log_ratio,
+    }
     if trainer.is_world_process_zero():
         _announce(options, trainer)
+        _write_summary(settings, output_dir)  # a run that breaks down has one too
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.create_model_card(dataset_name=options.script.dataset_name)
@@ -238,13 +252,13 @@ def run(words: list[str]) -> None:
         len(row["prompt_ids"]) + max(len(row[name]) for name in completions if name in row)
         for row in rows
     ]
-    report.write_csv(history, output_dir / "metrics.csv")
+    run_folder.write_csv(history, output_dir / "metrics.csv")
     title = f"{config.loss_type}: {options.model.model_name_or_path}"
-    reference = LOSSES[config.loss_type].reference and not config.reference_free
-    report.plot_dynamics(history, output_dir / "training_dynamics.png", title, reference=reference)
+    drawn = run_folder.Run(str(output_dir), history, settings)
+    picture.draw([drawn], output_dir / "training_dynamics.png", title)
     seconds = result.metrics["train_runtime"]
     summary = {
-        "loss": config.loss_type,
+        **settings,
         "steps": trainer.state.global_step,
         "examples": len(rows),
         "examples_dropped": rows_given - len(rows),  # the prompt alone fills max_length
@@ -252,10 +266,10 @@ def run(words: list[str]) -> None:
         "train_loss": result.metrics["train_loss"],
         "train_seconds": seconds,
         "tokens_per_second": trainer.tokens_trained / seconds,
-        "peak_memory_mib": report.peak_memory_mib(),
+        "peak_memory_mib": progress.peak_memory_mib(),
         "output_dir": str(output_dir),
     }
-    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    _write_summary(summary, output_dir)
     print()
     for name, value in summary.items():
         print(f"{name:>18}  {f'{value:.6g}' if isinstance(value, float) else value}")

@@ -28,7 +28,7 @@ from dilkern.logps import linear_logps, mask_first_labels
 from dilkern.losses import Loss
 from dilkern.objective import Objective
 from dilkern.options import LossKeywords, Unpack
-from dilkern.output import PreferenceLossOutput, preference_metrics
+from dilkern.output import PreferenceLossOutput, joined, preference_metrics
 from dilkern.preference import Counts, loss_from_token_logps
 from dilkern.validation import name_of, reject
 
@@ -363,7 +363,7 @@ class PreferenceMixin:
             for model in (self.model, ref_model):
                 if model is not None:
                     check_packing(model, answers)
-        self._preference_metrics: dict[str, dict[str, list[float]]] = {"": {}, "eval_": {}}
+        self._outputs: dict[str, list[PreferenceLossOutput]] = {"": [], "eval_": []}
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -372,20 +372,19 @@ class PreferenceMixin:
         output = compute_loss(
             model, inputs, ref_model=self.ref_model, loss=self.objective, answers=self.answers
         )
-        metrics = preference_metrics(output)
-        kept = self._preference_metrics["" if model.training else "eval_"]
-        for name, value in zip(metrics, torch.stack(list(metrics.values())).tolist()):
-            kept.setdefault(name, []).append(value)
+        kept = self._outputs["" if model.training else "eval_"]
+        kept.append(output._replace(loss=output.loss.detach()))
         if not return_outputs:
             return output.loss
         ratios = torch.cat([output.chosen_log_ratios, output.rejected_log_ratios])
         return output.loss, {"loss": output.loss, "log_ratios": ratios}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean of the metrics since the last log, named as in `DILTrainer`."""
+        """Add the metrics over the sequences since the last log, named as in `DILTrainer`."""
         prefix = "eval_" if "eval_loss" in logs else ""
-        kept = self._preference_metrics[prefix]
-        for name, values in kept.items():
-            logs[prefix + name] = sum(values) / len(values)
-        kept.clear()
+        if self._outputs[prefix]:
+            metrics = preference_metrics(joined(self._outputs[prefix]))
+            values = torch.stack([*metrics.values()]).tolist()
+            logs.update(zip([prefix + name for name in metrics], values))
+            self._outputs[prefix].clear()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]

@@ -60,7 +60,7 @@ from dilkern.integrations.trl_config import DILConfig
 from dilkern.lm_head import as_head, weights_come_later
 from dilkern.lm_head.modules import unwrap
 from dilkern.losses import Loss
-from dilkern.output import PreferenceLossOutput, preference_metrics
+from dilkern.output import PreferenceLossOutput, joined, preference_metrics
 from dilkern.preference import Counts, loss_from_token_logps
 from dilkern.validation import reject
 
@@ -120,20 +120,6 @@ def _say(line: str | None, args: Any) -> None:
     """Show a line once, at the level that is shown without any setting."""
     if line is not None and args.process_index == 0:
         logger.warning(line)
-
-
-def _joined(outputs: list[PreferenceLossOutput]) -> PreferenceLossOutput:
-    """Put the outputs of a batch's parts together; their losses are shares of its loss."""
-    if len(outputs) == 1:
-        return outputs[0]
-    columns: dict[str, Any] = {
-        name: torch.cat([getattr(output, name) for output in outputs])
-        for name in outputs[0]._fields
-        if name.startswith(("chosen_", "rejected_"))
-    }
-    clipped = torch.cat([columns["chosen_clipped"], columns["rejected_clipped"]])
-    loss = torch.stack([output.loss for output in outputs]).sum()
-    return outputs[0]._replace(**columns, loss=loss, clip_fraction=clipped.to(loss.dtype).mean())
 
 
 def _evals(kwargs: dict[str, Any]) -> list[Any]:
@@ -252,6 +238,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         if not self._needs_reference:
             ref_model = _NoReference()
         self._checked: set[int] = set()
+        self._outputs: dict[str, list[PreferenceLossOutput]] = {"train": [], "eval": []}
         self._until_installed = contextlib.ExitStack()
         if at_hand:
             self._until_installed.enter_context(_head_without_adapter(model))
@@ -671,9 +658,10 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                     self.accelerator.backward(output.loss / scale)
                 outputs.append(output._replace(loss=output.loss.detach()))
         output, aux_loss = loss_of(parts[-1])
-        output = _joined([*outputs, output])
+        output = joined([*outputs, output])
         loss = output.loss
-        metrics = self._gathered_metrics(output)
+        self._outputs[mode].append(self._over_ranks(output))
+        metrics = {}
         if kl_log_ratios is not None:
             metrics["kl"] = kl_log_ratios.mean().clamp(min=0).item()
         if aux_loss is not None:
@@ -732,23 +720,42 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         chosen, rejected = self.accelerator.reduce(counts, "mean")
         return chosen, rejected
 
-    def _gathered_metrics(self, output: PreferenceLossOutput) -> dict[str, float]:
-        """Metrics over the sequences of all ranks, one sync; what has no sequence is left out."""
-        o, left_out = output._asdict(), ["accuracies"] if self._unpaired else []
+    def _over_ranks(self, output: PreferenceLossOutput) -> PreferenceLossOutput:
+        """Return an output with the sequences of all ranks, some of them padding of length -1."""
+        columns: dict[str, Any] = {}
         for side in ("chosen", "rejected"):
-            names = [name for name in o if name.startswith(f"{side}_")]
-            columns = [o[name].float() for name in names]
-            table = torch.stack([*columns, torch.ones_like(columns[0])], 1)
-            table = self.accelerator.gather(self.accelerator.pad_across_processes(table))
-            real = table[:, names.index(f"{side}_lengths") if self._unpaired else -1] > 0
-            o.update(zip(names, table[real, :-1].unbind(1)))
+            names = [name for name in output._fields if name.startswith(f"{side}_")]
+            table = torch.stack([getattr(output, name).float() for name in names], 1)
+            table = self.accelerator.pad_across_processes(table, pad_index=-1)
+            columns.update(zip(names, self.accelerator.gather(table).unbind(1)))
+        return output._replace(**columns, loss=output.loss.detach())
+
+    def _means(self, output: PreferenceLossOutput) -> dict[str, float]:
+        """Return the metrics of an output of `_over_ranks`; what has no sequence is left out."""
+        columns: dict[str, Any] = {}
+        left_out = []
+        for side in ("chosen", "rejected"):
+            real = getattr(output, f"{side}_lengths") > (0 if self._unpaired else -1)
+            for name in output._fields:
+                if name.startswith(f"{side}_"):
+                    columns[name] = getattr(output, name)[real]
             if not real.any():
                 left_out += [side, "margins"]
-        o["clip_fraction"] = self.accelerator.gather(o["clip_fraction"]).mean()
-        metrics = preference_metrics(PreferenceLossOutput(**o))
+        metrics = preference_metrics(output._replace(**columns))
         values = torch.stack([value.float() for value in metrics.values()]).tolist()
         return {
             name: value
             for name, value in zip(metrics, values)
             if not any(word in name for word in left_out)
         }
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the metrics over all sequences since the last log."""
+        mode = "train" if self.model.training else "eval"
+        if self._outputs[mode]:
+            # Once per log: a step waits for none of this, and a spread over batches of one pair is
+            # that of all their pairs.
+            for name, value in self._means(joined(self._outputs[mode])).items():
+                self._metrics[mode][name] = [value]
+            self._outputs[mode].clear()
+        super().log(logs, start_time)

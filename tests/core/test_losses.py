@@ -269,12 +269,44 @@ def test_metrics_follow_trl_names_and_definitions():
     assert metrics["logps/chosen_avg"].item() == pytest.approx(-1.0)
     assert metrics["logps/rejected_avg"].item() == pytest.approx(-1.0)
     assert metrics["loss/pair"] == out.loss and "loss/chosen" not in metrics
-    unpaired = preference_loss(
-        logps, n, log_ratios=f, loss="bce", is_chosen=torch.tensor([True, False, False, False])
-    )
-    metrics = preference_metrics(unpaired)
-    assert "rewards/accuracies" not in metrics and "loss/pair" not in metrics
+    for sides in ([True, False, False, False], [True, True, False, False]):
+        unpaired = preference_loss(
+            logps, n, log_ratios=f, loss="bce", is_chosen=torch.tensor(sides)
+        )
+        metrics = preference_metrics(unpaired)
+        assert not {"rewards/accuracies", "length/margin_corr", "loss/pair"} & set(metrics)
     torch.testing.assert_close(metrics["loss/chosen"] + metrics["loss/rejected"], unpaired.loss)
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_log_ratios_are_logged_per_token_with_their_spread_whatever_the_loss_makes_of_them(
+    per_token,
+):
+    logps, n = torch.tensor([-3.0, -4.0, -5.0, -2.0]), torch.tensor([3, 4, 5, 2])
+    sums = torch.tensor([0.3, -0.8, 0.5, -0.4])  # per token 0.1 and -0.2; 0.1 and -0.2
+    f = sums / n if per_token else sums
+    out = preference_loss(
+        logps, n, log_ratios=f * n if per_token else f, length_normalize=per_token
+    )
+    metrics = preference_metrics(out)
+    for side in ("chosen", "rejected"):
+        assert metrics[f"log_ratio/{side}_avg"].item() == pytest.approx(-0.05)
+        assert metrics[f"log_ratio/{side}_std"].item() == pytest.approx(0.15)
+    free = preference_metrics(preference_loss(logps, n, log_ratios=logps))
+    assert not any(name.startswith("log_ratio") for name in free), "log-probs are no ratios"
+
+
+def test_the_line_of_margin_over_length_is_that_of_least_squares():
+    n, f = torch.tensor([3, 9, 5, 2, 4, 4]), torch.tensor([0.3, 0.9, 0.1, 0.2, 0.0, -0.3])
+    metrics = preference_metrics(preference_loss(-f, n, log_ratios=f, loss="dpo"))
+    table = torch.stack([n[:3] - n[3:], 0.1 * (f[:3] - f[3:])])
+    assert metrics["length/margin_corr"].item() == pytest.approx(torch.corrcoef(table)[0, 1].item())
+    covariance = torch.cov(table)
+    slope = covariance[0, 1] / covariance[0, 0]
+    assert metrics["length/margin_slope"].item() == pytest.approx(slope.item())
+    assert metrics["length/chosen"].item() == pytest.approx(17 / 3)
+    alike = preference_metrics(preference_loss(-f, torch.full((6,), 4), log_ratios=f, loss="dpo"))
+    assert alike["length/margin_corr"].item() == 0.0, "no length to follow"
 
 
 def test_a_loss_of_the_callers_own_needs_only_its_curves():

@@ -20,6 +20,7 @@ import dilkern
 from dilkern.cli import main
 from dilkern.cli.options import Parser, read
 from dilkern.cli.plan import run as plan
+from dilkern.cli.run_folder import COLUMNS
 from dilkern.cli.train import run
 
 ROWS = tiny.pairs(16)
@@ -77,8 +78,10 @@ def test_train_writes_everything(folder, data, tmp_path, capsys):
     assert [e["step"] for e in log if "eval_loss" in e] == [2, 4]
     assert log[0]["loss"] == -0.5
     table = (out / "metrics.csv").read_text().splitlines()
-    assert len(table) == 5
-    assert table[0].startswith("step,epoch,loss,learning_rate,grad_norm,rewards/chosen,")
+    assert table[0] == ",".join(COLUMNS)
+    assert [row.split(",")[:2] for row in table[1:]] == [
+        ["1", "train"], ["2", "train"], ["2", "eval"], ["3", "train"], ["4", "train"], ["4", "eval"],
+    ]  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     assert summary["steps"] == 4
     assert summary["examples"] == 12
@@ -211,7 +214,7 @@ def test_short_names_are_those_of_trl(tmp_path):
     assert (config.per_device_train_batch_size, config.per_device_eval_batch_size) == (3, 3)
     assert (config.gradient_accumulation_steps, config.lr_scheduler_type) == (4, "cosine")
     assert (config.max_log_ratio, config.length_normalize, config.bf16) == (None, False, False)
-    assert config.eval_strategy == "epoch"
+    assert (config.eval_strategy, config.eval_steps) == ("steps", 0.2)
     assert model.use_peft and model.lora_target_modules == ["q_proj", "k_proj"]
 
 
@@ -512,11 +515,11 @@ def test_resume_passes_over_a_half_written_checkpoint(folder, data, tmp_path):
     state.write_text(state.read_text()[:50])
     weights = out / "checkpoint-4" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-20])
-    columns = (out / "metrics.csv").read_text().splitlines()[0]
+    table = (out / "metrics.csv").read_text()
     train(*flags(folder, data, out, **steps, resume=True))
     log = [e["loss"] for e in metrics(out) if "loss" in e]
     assert log == pytest.approx(whole, abs=1e-6)
-    assert (out / "metrics.csv").read_text().splitlines()[0] == columns
+    assert (out / "metrics.csv").read_text() == table, "the same columns, and every row once"
 
 
 def test_killed_and_resumed_equals_uninterrupted(folder, data, tmp_path):
@@ -550,7 +553,7 @@ def test_doctor(capsys):
 
 def test_help_fits_and_names_options_that_exist(capsys):
     reader = Parser()
-    for command in ("", "train", "plan", "doctor"):
+    for command in ("", "train", "report", "plan", "doctor"):
         main([*command.split(), "--help"])
         said = capsys.readouterr().out
         assert max(map(len, said.splitlines())) <= 80

@@ -152,6 +152,20 @@ def test_accumulation_equals_one_large_batch(quick):
     same_steps(parts, whole, 1e-5)
 
 
+def test_metrics_are_over_all_pairs_since_the_last_log(quick):
+    """A spread or a correlation over batches of one pair would say nothing of those pairs."""
+    options = {"loss_type": "dpo", "max_steps": 4, "logging_steps": 2, "learning_rate": 1e-2}
+    whole = quick(**options)
+    parts = quick(**options, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    losses(whole), losses(parts)
+    names = {name for name in whole.state.log_history[0] if "/" in name}
+    assert {"log_ratio/chosen_std", "length/margin_corr", "rewards/margins"} <= names
+    for name in names:
+        have, want = column(parts, name), column(whole, name)
+        assert have == pytest.approx(want, rel=1e-3, abs=1e-4), name
+    assert min(column(parts, "log_ratio/rejected_std")) > 1e-3
+
+
 def test_bf16_autocast(quick):
     values = losses(quick(bf16=True, gradient_checkpointing=True))
     assert values[0] == -0.5, "policy == reference under autocast, to the bit"
