@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -462,7 +463,6 @@ def train(study: Study, run: Run, options: dict[str, Any]) -> dict[str, Any]:
             found["perplexity"] = math.exp(-other[0] / other[1])
             found["perplexity_before"] = math.exp(-before[0] / before[2])
             found |= sample(trainer, setup, splits["test"])
-    found["environment"] = describe(torch.device(setup.device))
     say = figures(run.method, found)
     told = ", ".join(f"{name} {value:.4g}" for name, value in say.items())
     print(f"{run.name} {options}: {wall:.0f} s ({cpu:.0f} s CPU); {told}", flush=True)
@@ -519,14 +519,13 @@ def criterion(method: str, run: dict[str, Any]) -> float:
 # Drawing
 
 
-def settings(run: dict[str, Any]) -> str:
-    options = run["options"]
-    knobs = {
-        **options.get("loss_params", {}),
-        **({"beta": options["beta"]} if "beta" in options else {}),
-    }
-    told = "".join(f", {name} {value:g}" for name, value in knobs.items())
-    return f"{options['learning_rate']:g}{told}"
+def settings(method: str, run: dict[str, Any]) -> str:
+    """Learning rate and knob of a run, as tables show them."""
+    options, knob = run["options"], METHODS[method].knob
+    told = f"{options['learning_rate']:g}"
+    if knob:
+        told += f", {knob} {(options | options.get('loss_params', {}))[knob]:g}"
+    return told
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -555,7 +554,7 @@ def finals_table(study: Study) -> str:
         if not runs:
             continue
         seen = [figures(method, run) for run in runs]
-        cells = [METHODS[method].title, settings(runs[0]), str(len(runs))]
+        cells = [METHODS[method].title, settings(method, runs[0]), str(len(runs))]
         for name, digits in FIGURES.values():
             if name:
                 cells.append(spread([found[name] for found in seen], digits))
@@ -582,7 +581,7 @@ def grid_table(study: Study) -> str:
             ]
             norms = run["curve"]["grad_norm"]
             numbers += [f"{norms[0]:.2g} .. {max(norms):.2g}"]
-            lines.append([METHODS[method].title, settings(run), *numbers, mark])
+            lines.append([METHODS[method].title, settings(method, run), *numbers, mark])
     header = "|learning rate, knob|log-loss|NLL of chosen|accuracy|margin per token"
     return markdown(
         f"{header}|change of chosen|of rejected|gradient norm, first .. largest|", lines
@@ -609,7 +608,9 @@ def claims_table(study: Study) -> str:
                 continue
             apart = means[ours] - means[rival]
             size, error = float(apart.mean()), float(apart.std() / len(apart) ** 0.5)
-            word = "undecided" if abs(size) < 2 * error else "less" if size > 0 else "more"
+            word = (
+                "undecided" if abs(size) < 2 * error else "less lost" if size > 0 else "more lost"
+            )
             cells.append(f"{size:+.3f} ± {error:.3f}: {word}")
         lines.append(cells)
     return markdown("|" + "|".join(METHODS[ours].title for ours in DIL), lines)
@@ -627,8 +628,7 @@ def report(study: Study) -> str:
     text[0] += "."
     if not done:
         return text[0] + "\n"
-    first = next(found for run in runs if (found := study.read(run)))
-    where = first["environment"]
+    where = next(found for run in runs if (found := study.read(run)))["environment"]
     setup = study.setup
     text.append(
         f"{where['cpu'] if setup.device == 'cpu' else where['gpu']}, {setup.dtype}; torch "
@@ -648,51 +648,62 @@ def report(study: Study) -> str:
             f"{shown['perplexity_before']:.2f}.",
             finals_table(study),
             "Change of chosen log-probs per token under DIL less that under each other method: "
-            "above 0, DIL loses less (the paper's claim; undecided: within two standard errors over "
-            "pairs; seeds are averaged).",
+            "above 0 DIL loses less, as the paper has it against SimPO and DPO. Mean over pairs ± its "
+            "standard error, seeds averaged; undecided: within two of them.",
             claims_table(study),
         ]
     text += ["Validation pairs, all settings:", grid_table(study)]
     return "\n\n".join(part.strip() for part in text) + "\n"
 
 
-def colour_of(method: str) -> Any:
+def style(method: str) -> dict[str, Any]:
+    """Of a method's points in all pictures: squares and solid lines are DIL's."""
     from matplotlib import colormaps
 
-    return colormaps["tab20"].colors[list(METHODS).index(method)]
+    others = [name for name in METHODS if name not in DIL]
+    ours = ("#d62728", "#ff7f0e", "#8c1a4b")
+    given = {"label": METHODS[method].title, "markersize": 6}
+    if method in DIL:
+        return given | {"color": ours[DIL.index(method)], "marker": "s", "linestyle": "-"}
+    colours = colormaps["viridis"].resampled(len(others) + 1)
+    number = others.index(method)
+    return given | {"color": colours(number), "marker": "o^vD<>P*X"[number], "linestyle": ":"}
 
 
 def draw_change(study: Study, path: Path) -> None:
     """Left: what final runs did to chosen and rejected. Right: the same of every setting, by margin."""
-    done = [method for method in study.methods if study.finals(method)]
+    seen = {
+        method: [figures(method, run) for run in runs]
+        for method in study.methods
+        if (runs := study.finals(method))
+    }
+    order = sorted(seen, key=lambda method: mean(f["chosen"] for f in seen[method]))
     figure, ((bars, trade),) = panels(1, 2, 14, 6)
-    for place, method in enumerate(reversed(done)):
-        seen = [figures(method, run) for run in study.finals(method)]
+    for place, method in enumerate(order):
         for side, offset, colour in (("chosen", 0.2, "#1b9e77"), ("rejected", -0.2, "#d95f02")):
-            values = [found[side] for found in seen]
+            values = [f[side] for f in seen[method]]
             label = side if place == 0 else None
             bars.barh(place + offset, mean(values), 0.36, color=colour, label=label, alpha=0.7)
             bars.plot(values, [place + offset] * len(values), "o", color=GREY, markersize=4)
-    bars.set_yticks(range(len(done)), [METHODS[method].title for method in reversed(done)])
+    bars.set_yticks(range(len(order)), [METHODS[method].title for method in order])
     bars.axvline(0, color=GREY, linewidth=1)
     bars.set_xlabel("change of log-prob per token, nats (test; dots: seeds)")
-    bars.set_title("chosen settings", fontsize=10)
-    if done:
+    bars.set_title("final runs, by change of chosen", fontsize=10)
+    if order:
         bars.legend(fontsize=8)
     for method in study.methods:
-        seen = sorted(
-            (figures(method, run) for run in study.grid(method)), key=lambda f: f["margin"]
+        points = sorted(
+            (found["margin"], found["chosen"])
+            for found in (figures(method, run) for run in study.grid(method))
         )
-        if seen:
-            dash = "-o" if method in DIL else ":o"
-            style = {"color": colour_of(method), "label": METHODS[method].title, "markersize": 4}
-            trade.plot([f["margin"] for f in seen], [f["chosen"] for f in seen], dash, **style)
+        if points:
+            trade.plot(*zip(*points), **style(method))
     trade.axhline(0, color=GREY, linewidth=1)
     trade.set(xlabel="margin per token, nats (validation)")
     trade.set_ylabel("change of chosen log-prob per token, nats")
-    trade.set_title("every setting: higher is better at one margin", fontsize=10)
-    if trade.get_legend_handles_labels()[0]:
-        trade.legend(fontsize=7)
+    trade.set_title("every setting, seed 0", fontsize=10)
+    if trade.has_data():
+        trade.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     on_any_page(figure).savefig(path, dpi=130)
 
 
@@ -706,15 +717,13 @@ def draw_price(study: Study, path: Path) -> None:
     for axis, (name, label) in zip(line, asked):
         for method in study.methods:
             seen = [figures(method, run) for run in study.finals(method)]
-            if not seen:
-                continue
-            x, y = [f[name] for f in seen], [f["accuracy"] for f in seen]
-            axis.plot(x, y, "s-" if method in DIL else "o-", color=colour_of(method))
-            style = {"textcoords": "offset points", "fontsize": 8, "color": colour_of(method)}
-            axis.annotate(METHODS[method].title, (mean(x), mean(y)), (6, 5), **style)
+            if seen:
+                axis.plot([f[name] for f in seen], [f["accuracy"] for f in seen], **style(method))
         axis.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
         axis.set_xlabel(label)
     line[0].set_ylabel("accuracy of the implicit reward (test; a line joins seeds)")
+    if any(study.finals(method) for method in study.methods):
+        line[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     on_any_page(figure).savefig(path, dpi=130)
 
 
@@ -756,7 +765,12 @@ def run_missing(
     )
     folder = out or RESULTS / "study" / f"{Path(model).name}-{device}-{setup.key}"
     study = Study(setup, folder, parse_methods(methods), seeds)
-    left = study.work(train)
+    where = describe(torch.device(device))  # now: the checkout may change under a long call
+
+    def do(study: Study, run: Run, options: dict[str, Any]) -> dict[str, Any]:
+        return train(study, run, options) | {"environment": where}
+
+    left = study.work(do)
     print(folder)
     draw_all(study)
     if left:
@@ -784,7 +798,9 @@ def draw(
     study = Study(setup, folder, parse_methods(methods), seeds)
     draw_all(study)
     if page is not None:
-        page.write_text(insert(page.read_text(), report(study), MARKERS))
+        there = Path(os.path.relpath(folder.resolve(), page.resolve().parent)).as_posix()
+        pictures = f"![change]({there}/change.png)\n\n![price]({there}/price.png)"
+        page.write_text(insert(page.read_text(), f"{pictures}\n\n{report(study)}", MARKERS))
     print(report(study))
 
 

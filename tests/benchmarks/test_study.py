@@ -13,6 +13,7 @@ import torch
 import typer
 
 from benchmarks import study
+from benchmarks.environment import describe
 from dilkern import LOSSES
 
 pytest.importorskip("trl")
@@ -50,8 +51,13 @@ def test_grid_choice_finals_and_tables(
     monkeypatch.setattr(study, "RATES", (0.01, 0.1))
     monkeypatch.setattr(study, "TWO_RATES", (0.1,))
     work = study.Study(setup, tmp_path / "r", methods, seeds=1)
+    where = {"environment": describe(torch.device("cpu"))}
+
+    def do(*given: Any) -> dict[str, Any]:
+        return study.train(*given) | where
+
     assert "0 of 9 runs" in study.report(work)
-    assert work.work(study.train) == []
+    assert work.work(do) == []
     for method in methods:
         (final,) = work.finals(method)
         grid = work.grid(method)
@@ -66,13 +72,17 @@ def test_grid_choice_finals_and_tables(
     assert text.count("| chosen |") == 3 and "DIL, LSIF" in text
     for name in ("change.png", "price.png"):
         assert (work.folder / name).stat().st_size > 0
+    page = tmp_path / "page.md"
+    page.write_text("before\n{}\n{}\nafter".format(*study.MARKERS))
+    study.draw(work.folder, "lsif,sft,kto", 1, page)
+    assert "(r/price.png)" in page.read_text() and text.strip() in page.read_text()
     # Again: nothing is done. A file that is gone: only that run, to the same figures.
     work.work(lambda *_: pytest.fail("done twice"))
     gone = work.path(study.Run("lsif", "final", 1))
     before = json.loads(gone.read_text())
     gone.unlink()
     assert "8 of 9 runs are finished**; runs are missing of: DIL, LSIF" in study.report(work)
-    assert work.work(study.train) == []
+    assert work.work(do) == []
     after = json.loads(gone.read_text())
     assert after["change"] == before["change"] and after["lengths"] == before["lengths"]
     with pytest.raises(ValueError, match="--out"):
