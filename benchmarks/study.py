@@ -157,6 +157,7 @@ class Study:
 
     def __init__(self, setup: Setup, folder: Path, methods: list[str], seeds: int) -> None:
         self.setup, self.folder, self.methods, self.seeds = setup, folder, methods, seeds
+        self.drawn: str | None = None  # digest of the pairs of all its runs
         about = folder / "setup.json"
         told = asdict(setup) | {"data": Path(setup.data).name, "other": Path(setup.other).name}
         if not about.exists():
@@ -192,7 +193,22 @@ class Study:
         points = json.loads(json.dumps(METHODS[run.method].points()))
         if found["loss"] != METHODS[run.method].loss or found["options"] not in points:
             reject(f"{path} must be of the grid of {run.method}", "other settings", "Remove it.")
+        self.check_drawn(found["drawn"])
         return found
+
+    def check_drawn(self, digest: str) -> None:
+        """All runs of a study have the same pairs, however they are drawn by now.
+
+        Raises:
+            ValueError: other ones than the runs before.
+        """
+        self.drawn = self.drawn or digest
+        if digest != self.drawn:
+            rule, remedy = (
+                f"all runs of {self.folder} must have the same pairs",
+                "Pass another --out.",
+            )
+            reject(rule, f"those of digest {digest} and of {self.drawn}", remedy)
 
     def grid(self, method: str) -> list[dict[str, Any]]:
         found = [self.read(run) for run in self.runs() if run[:2] == (method, "grid")]
@@ -218,6 +234,8 @@ class Study:
 
     def work(self, do: Callable[[Study, Run, dict[str, Any]], dict[str, Any]]) -> list[Run]:
         """Do what is missing and not in other hands; return what is still missing."""
+        for run in self.runs():
+            self.read(run)
         moved = True
         while moved:
             moved = False
@@ -346,11 +364,14 @@ def score(trainer: Any, name: str, sides: int = 2) -> list[Tensor]:
     return torch.cat(parts)
 
 
+def digest_of(splits: dict[str, Pairs]) -> str:
+    return hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def references(setup: Setup, splits: dict[str, Pairs]) -> dict[str, Tensor]:
     """What `score` gives of the untrained model, by split: from the cache if it is there."""
-    told = json.dumps([asdict(setup), splits], sort_keys=True)
-    digest = hashlib.sha256(told.encode()).hexdigest()[:12]
-    kept = cache() / f"study-references-{digest}.pt"
+    where = f"{Path(setup.model).name}-{setup.device}-{setup.dtype}-{digest_of(splits)}"
+    kept = cache() / f"study-references-{where}.pt"
     with claimed(kept.name, wait=True):
         if not kept.exists():
             names = tuple(splits)
@@ -427,7 +448,8 @@ def train(study: Study, run: Run, options: dict[str, Any]) -> dict[str, Any]:
     """Train once and look: on validation pairs for a point of the grid, on test ones at the end."""
     setup, entry = study.setup, LOSSES[METHODS[run.method].loss]
     splits = draw_data(setup)
-    known = references(setup, splits)
+    digest, known = digest_of(splits), references(setup, splits)
+    study.check_drawn(digest)
     if not entry.baseline:  # KTO scores mismatched pairs, whose reference nobody knows beforehand
         for name, rows in splits.items():
             for row, (chosen, rejected, *_) in zip(rows, known[name].tolist()):
@@ -446,6 +468,7 @@ def train(study: Study, run: Run, options: dict[str, Any]) -> dict[str, Any]:
             "options": options,
             "seed": run.seed,
             "setup": setup.key,
+            "drawn": digest,
             "seconds": round(wall, 1),
             "cpu_seconds": round(cpu, 1),
             "curve": {

@@ -85,6 +85,8 @@ def test_grid_choice_finals_and_tables(
     assert work.work(do) == []
     after = json.loads(gone.read_text())
     assert after["change"] == before["change"] and after["lengths"] == before["lengths"]
+    with pytest.raises(ValueError, match="same pairs"):
+        work.check_drawn("other")
     with pytest.raises(ValueError, match="--out"):
         study.Study(study.Setup(pairs=1), work.folder, ["lsif"], 1)
 
@@ -94,7 +96,7 @@ def test_a_run_in_other_hands_is_left_to_them(setup: study.Setup, tmp_path: Path
 
     def do(unused: study.Study, run: study.Run, options: dict[str, Any]) -> dict[str, Any]:
         done.append(run.name)
-        known = {"loss": "lsif", "options": options, "nll": 1.0}
+        known = {"loss": "lsif", "options": options, "nll": 1.0, "drawn": "a"}
         return known | {"change": [[run.number + 1.0, 0.0, 2, 2], [-1.0, 0.0, 2, 2]]}
 
     taken = study.Run("lsif", "grid", 1)
