@@ -324,7 +324,7 @@ def make_trainer(
         **options,
     )
     set_seed(args.seed)  # the adapter's weights
-    folder = drawing.folder_of(setup.model)
+    folder = drawing.Setup(setup.model).folder
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, setup.dtype))
     trainer = DILTrainer(
         model=model.to(setup.device),
