@@ -92,7 +92,7 @@ class ProgressTable(TrainerCallback):  # type: ignore[misc]
             state.logging_steps = max(1, min(10, state.max_steps // 20))
         if state.is_world_process_zero:
             what = "log-ratios to the reference" if self.reference else "log-probs"
-            print(f"\nchosen, rejected: {what} per token, nats; margin: as the loss sees it")
+            print(f"\nchosen, rejected: {what} per token, nats\nmargin: as the loss sees it")
             headings = "".join(f"{heading:>9}" for _, heading, _ in self.shown)
             print(f"{'step':>9}{headings}{'tokens/s':>9}{'MiB':>8}", flush=True)
 
