@@ -482,6 +482,20 @@ def trade(mine: Sequence[Row]) -> Figure:
     return on_any_page(figure)
 
 
+NAMES = {
+    "trl": "TRL's DPOTrainer",
+    "trl-logits": "TRL, full logits",
+    "padded": "DILTrainer, padded",
+    "padding-free": "DILTrainer, padding-free",
+    "shared": "DILTrainer, shared prompts",
+    "shared+filter": "shared prompts, word filter",
+    "shared+precomputed": "shared prompts, reference precomputed",
+    "naive": "full logits",
+    "dilkern-torch": "dilkern",
+    "dilkern-triton": "dilkern",
+}
+
+
 def pairs_picture(rows: Sequence[Row]) -> Figure:
     """Pairs per second, one panel per model, data, loss and batch."""
     found = {name: measured(mine)[::-1] for name, mine in of_pairs(rows).items() if measured(mine)}
@@ -491,11 +505,12 @@ def pairs_picture(rows: Sequence[Row]) -> Figure:
     for axis, (name, mine) in zip(axes.flat, found.items()):
         colours = [GREY if row["variant"].startswith("trl") else "#1b9e77" for row in mine]
         values = [row["pairs_per_s"] for row in mine]
-        bars = axis.barh([row["variant"] for row in mine], values, color=colours)
-        axis.bar_label(bars, fmt="%.3g", padding=3, color=GREY)
-        axis.margins(x=0.15)
+        bars = axis.barh([NAMES.get(v := row["variant"], v) for row in mine], values, color=colours)
+        said = ["{pairs_per_s:.3g} ({peak_mib:.0f} MiB)".format(**row) for row in mine]
+        axis.bar_label(bars, said, padding=3, color=GREY)
+        axis.margins(x=0.45)
         axis.set_title(name, fontsize=9)
-        axis.set_xlabel("pairs / s")
+        axis.set_xlabel("pairs per second (peak memory above the model)")
     for axis in axes.flat[len(found) :]:
         axis.set_axis_off()
     return on_any_page(figure)
@@ -525,6 +540,27 @@ def sharing_picture(rows: Sequence[Row]) -> Figure | None:
     axis.set_xlabel("share of the prompt in prompt + chosen + rejected")
     axis.set_title("What shared prompts gain", fontsize=10)
     axis.legend(fontsize=8)
+    return on_any_page(figure)
+
+
+def vocabulary(rows: Sequence[Row]) -> Figure:
+    """Peak memory and time over the vocabulary, a line per peer, for those who take one look."""
+    figure, (axes,) = panels(1, 2, 10, 3.8)
+    along = [row for row in measured(rows) if row["head"].startswith("scaling-vocab-")]
+    colours = dict(zip(("dilkern", "full logits"), ("#1b9e77", "#d95f02")))
+    for axis, column, unit in zip(axes, ("peak_mib", "total_ms"), (1024, 1000)):
+        for peer, mine in groups(along, "peer").items():
+            name, mine = NAMES.get(peer, peer), sorted(mine, key=lambda row: row["vocab"])
+            x, y = [row["vocab"] for row in mine], [row[column] / unit for row in mine]
+            colour = colours.get(name, GREY)
+            axis.plot(x, y, "o-", color=colour, linewidth=3 if name == "dilkern" else 1.5)
+            note = {"textcoords": "offset points", "va": "center", "color": colour}
+            axis.annotate(name, (x[-1], y[-1]), (8, 0), **note)
+        words = sorted({row["vocab"] for row in along})[-3:]
+        axis.set_xticks([0, *words], ["0", *(f"{v:,}" for v in words)])
+        axis.set(xlim=(0, 1.3 * words[-1]), ylim=(0, None), xlabel="words in the vocabulary")
+    axes[0].set_title("peak memory above the inputs, GiB", fontsize=10)
+    axes[1].set_title("forward and backward, seconds", fontsize=10)
     return on_any_page(figure)
 
 
@@ -601,6 +637,8 @@ def pictures(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     if found := fits(rows):
         label = "{0.peer}: exponents {0.time:.2f}, {0.memory:.2f}"
         yield "", curves(rows, [(f.axis, f.axis, label.format(f), f.rows) for f in found])
+        if any(f.axis == "vocab" for f in found):
+            yield "-vocabulary", vocabulary(rows)
         return
     for case, mine in groups(rows).items():
         if measured(mine):
