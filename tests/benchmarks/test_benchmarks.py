@@ -390,9 +390,9 @@ def test_scaling_fits_exponents(tmp_path: Path) -> None:
     assert [fit.axis for fit in found] == ["tokens", "vocab", "hidden", "workspace_mib"]
     for fit in found:
         assert fit.time == pytest.approx(1.5) and fit.memory == pytest.approx(0, abs=1e-9)
-    text, picture = report.draw_file(tmp_path / "s.csv")
+    text, picture, by_vocabulary = report.draw_file(tmp_path / "s.csv")
     assert "| tokens | naive | 1.50 |" in text.read_text()
-    assert picture.name == "s.png" and picture.stat().st_size > 0
+    assert picture.name == "s.png" and by_vocabulary.name == "s-vocabulary.png"
 
 
 def test_one_training_step_three_ways() -> None:
