@@ -99,7 +99,7 @@ bench: install
 	$(BIN)/python -m benchmarks.train_step --rounds 5
 	$(BIN)/python -m benchmarks.report draw $(call NEWEST,-v -e claim -e packed -e scaling -e steps)
 
-# On a GPU of your own: every step of docs/gpu.md, each call under 8 minutes, results in OUT; one
+# On a GPU of your own: every step of docs/dev/gpu.md, each call under 8 minutes, results in OUT; one
 # step: make gpu-suite. For a GPU machine without network: make gpu-pack prints what to run there.
 OUT ?= out/gpu
 GPU_STEPS := tests suite tune steps pairs longest scaling profile
