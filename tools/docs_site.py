@@ -44,10 +44,14 @@ _MENTION = re.compile(r"(?:docs/[\w/-]+|CONTRIBUTING|CHANGELOG)\.md(?:,? \(?(\d+
 _FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S
 )
-# What latex2mathml leaves to its reader: the space after log, a bar that grows with what is under it.
+# What latex2mathml leaves to its reader: spaces around log, a bar over all that is under it.
 _MENDED = (
+    (re.compile(r"(?<=</mi>)(?=<mi>(?:log|exp|tanh)</mi>)"), '<mspace width="0.167em"/>'),
     (re.compile(r"(<mi>(?:log|exp|tanh)</mi>)(?!<mo[^>]*>&#x00028;)"), r'\1<mspace width="0.167em"/>'),
-    (re.compile(r'<mo accent="true">&#x02015;</mo>'), '<mo stretchy="true">&#x000AF;</mo>'),
+    (
+        re.compile(r'<mover><mrow>((?:(?!<mover>).)*)</mrow><mo accent="true">&#x02015;</mo></mover>'),
+        r'<mrow class="overline">\1</mrow>',
+    ),
 )
 
 
