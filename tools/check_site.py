@@ -27,6 +27,7 @@ from playwright.sync_api import Page, sync_playwright
 SHOWN = ("index", "start", "math", "losses", "reference/functions", "reference/cli",
          "howto/from-trl", "benchmarks/results/index")  # fmt: skip
 WORDS = ("shared prompts", "filter_eps", "ValueError")
+ABORTED = "net::ERR_ABORTED"
 # In the page: what is wrong with its pictures, formulas and text, its links and what they may name.
 LOOK = """() => {
   const wrong = [];
@@ -70,7 +71,12 @@ def check(folder: Path, chromium: str, pictures: Path) -> list[str]:
 
         tab.on("console", lambda message: wrong.append(f"{at()}: console: {message.text}"))
         tab.on("pageerror", lambda error: wrong.append(f"{at()}: {error}"))
-        tab.on("requestfailed", lambda request: wrong.append(f"{at()}: no answer: {request.url}"))
+        tab.on(
+            "requestfailed",  # leaving a page ends what it has still under way
+            lambda r: (
+                wrong.append(f"{at()}: {r.failure}: {r.url}") if r.failure != ABORTED else None
+            ),
+        )
         tab.on("request", lambda request: asked.add(request.url))
         tab.on(
             "response",
@@ -80,7 +86,7 @@ def check(folder: Path, chromium: str, pictures: Path) -> list[str]:
         seen: dict[str, Any] = {}
         for path in pages:
             url = home + path.relative_to(folder).as_posix()
-            tab.goto(url, wait_until="networkidle")
+            tab.goto(url)
             seen[url] = tab.evaluate(LOOK)
             wrong += [f"{at()}: {text}" for text in seen[url]["wrong"]]
         wrong += _broken(seen, home, folder)
@@ -135,7 +141,7 @@ def _search(tab: Page, home: str, words: str, pictures: Path) -> int:
     meta = re.search(r"\d+", tab.inner_text(".md-search-result__meta"))
     tab.screenshot(path=pictures / f"search-{words.replace(' ', '-')}.png")
     tab.click(".md-search-result__link >> nth=0")
-    tab.wait_for_load_state("networkidle")
+    tab.wait_for_load_state()
     return int(meta[0]) if meta else 0
 
 
@@ -154,7 +160,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--site", type=Path, default=Path("out/site"))
     parser.add_argument("--pictures", type=Path, default=Path("out/site-pictures"))
-    parser.add_argument("--chromium", default=shutil.which("chromium") or shutil.which("google-chrome"))
+    parser.add_argument("--chromium", default=shutil.which("chromium"))
     options = parser.parse_args()
     if options.chromium is None:
         sys.exit("Chromium is not installed: apt-get install chromium, or --chromium PATH.")

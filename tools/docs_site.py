@@ -35,23 +35,24 @@ PAGES = {
     "benchmarks/README.md": "benchmarks/index.md",
 }
 SOURCES = {page: source for source, page in PAGES.items()}
+_WIDE = "---\nhide: [navigation, toc]\n---"  # for tables of nine columns
 log = logging.getLogger("mkdocs.plugins.docs_site")
 
 # Code, which is left alone, or a link or picture: the text up to the target, the target.
-_LINK = re.compile(r"^ *(?P<fence>```+).*?^ *(?P=fence)|`+[^`]+`+|(\[[^][]*\]\()([^)\s]+)", re.M | re.S)
+_LINK = re.compile(
+    r"^ *(?P<fence>```+).*?^ *(?P=fence)|`+[^`]+`+|(\[[^][]*\]\()([^)\s]+)", re.M | re.S
+)
 _TAG = re.compile(r"(<[^>]+>)")
 _MENTION = re.compile(r"(?:docs/[\w/-]+|CONTRIBUTING|CHANGELOG)\.md(?:,? \(?(\d+))?")
-_FORMULA = re.compile(
-    r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S
-)
-# What latex2mathml leaves to its reader: spaces around log, a bar over all that is under it.
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
+# What latex2mathml leaves to its reader: spaces around log, none within |x|, a bar over all that is under it.
+_SPACE = '<mspace width="0.167em"/>'
+_BAR = r'<mover><mrow>((?:(?!<mover>).)*)</mrow><mo accent="true">&#x02015;</mo></mover>'
 _MENDED = (
-    (re.compile(r"(?<=</mi>)(?=<mi>(?:log|exp|tanh)</mi>)"), '<mspace width="0.167em"/>'),
-    (re.compile(r"(<mi>(?:log|exp|tanh)</mi>)(?!<mo[^>]*>&#x00028;)"), r'\1<mspace width="0.167em"/>'),
-    (
-        re.compile(r'<mover><mrow>((?:(?!<mover>).)*)</mrow><mo accent="true">&#x02015;</mo></mover>'),
-        r'<mrow class="overline">\1</mrow>',
-    ),
+    (r"(?<=</mi>)(?=<mi>(?:log|exp|tanh)</mi>)", _SPACE),
+    (r"(<mi>(?:log|exp|tanh)</mi>)(?!<mo[^>]*>&#x00028;)", rf"\1{_SPACE}"),
+    (r"<mo( [^>]*)?>&#x0007C;</mo>", '<mo stretchy="false" lspace="0" rspace="0">|</mo>'),
+    (_BAR, r'<mrow class="overline">\1</mrow>'),
 )
 
 
@@ -95,7 +96,7 @@ def _results() -> Iterator[tuple[str, Path | None, list[Path]]]:
     for path in files:
         if path.suffix != ".md":
             name = str(path.with_suffix("").relative_to(ROOT / RESULTS))
-            owners = [run for run in tables if name == run or name.startswith((f"{run}-", f"{run}@"))]
+            owners = [run for run in tables if re.match(rf"{re.escape(run)}([-@]|$)", name)]
             runs.setdefault(max(owners, key=len, default=name), []).append(path)
     for name in sorted(runs, reverse=True):
         yield name, tables.get(name), runs[name]
@@ -103,21 +104,23 @@ def _results() -> Iterator[tuple[str, Path | None, list[Path]]]:
 
 def _result_pages() -> Iterator[tuple[str, str]]:
     """Yield pages with every result: an overview, and the tables of each run with its pictures."""
-    lines = ["# Every result", "", "Rows that dilkern loses are in them. On a GPU: not yet measured."]
-    lines += ["", "| run | raw files | pictures |", "|---|---|---|"]
+    lines = ["# Every result", "", "Lost rows stay in. On a GPU: not yet measured.", ""]
+    lines += ["| run | raw files | pictures |", "|---|---|---|"]
     for name, tables, files in _results():
         raw = [path for path in files if path.suffix != ".png"]
         pictures = [path for path in files if path.suffix == ".png"]
         title = name.replace("/", ": ", 1)
         shown = f"[{title}]({name}.md)" if tables or pictures else title
         links = ", ".join(
-            f"[{path.suffix[1:]}]({path.relative_to(ROOT / RESULTS)})" for path in raw
+            f"[{path.name.removeprefix(Path(name).name).strip('-.')}]"
+            f"({path.relative_to(ROOT / RESULTS)})"
+            for path in raw
         )
         lines.append(f"| {shown} | {links} | {len(pictures) or ''} |")
         if shown != title:
             text = tables.read_text(encoding="utf-8") if tables else ""
             drawn = [f"![{path.stem}]({path.name})" for path in pictures]
-            yield f"{RESULTS}/{name}.md", "\n\n".join([f"# {title}", text, *drawn])
+            yield f"{RESULTS}/{name}.md", "\n\n".join([_WIDE, f"# {title}", text, *drawn])
     yield f"{RESULTS}/index.md", "\n".join(lines)
 
 
@@ -167,7 +170,7 @@ def _formula(found: re.Match[str]) -> str:
     block = found[1] == "div"
     math = convert(tex.replace(tag[0], "") if tag else tex, display="block" if block else "inline")
     for wrong, right in _MENDED:
-        math = wrong.sub(right, math)
+        math = re.sub(wrong, right, math)
     if not block:
         return math
     number = f' id="eq-{tag[1]}">{math}<span>({tag[1]})</span>' if tag else f">{math}"
@@ -197,13 +200,12 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
 
     if page.file.src_uri.startswith("reference/"):
         named = {name.rpartition(".")[2]: name for name in _documented()}
-        html = re.sub(
-            r"<code>(\w+)</code>(?!</a)",
-            lambda code: f'<autoref identifier="{named[code[1]]}" optional>{code[0]}</autoref>'
-            if code[1] in named
-            else code[0],
-            html,
-        )
+
+        def refer(code: re.Match[str]) -> str:
+            name = named.get(code[1])
+            return f'<autoref identifier="{name}" optional>{code[0]}</autoref>' if name else code[0]
+
+        html = re.sub(r"<code>(\w+)</code>(?!</a)", refer, html)
     parts, closed = _TAG.split(html), 0
     for i, part in enumerate(parts):
         if i % 2 == 0 and not closed:

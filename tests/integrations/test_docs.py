@@ -1,4 +1,4 @@
-"""The pages do what they say: their Python runs, their command lines are read, their tables are the code's."""
+"""What pages show holds: Python runs, command lines are read, tables are the code's."""
 
 import json
 import re
@@ -13,6 +13,7 @@ import tiny_models as tiny
 import torch
 
 import dilkern
+from dilkern import LOSSES
 from dilkern.integrations.collators import PreferenceCollator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +34,10 @@ def place(tmp_path, folder, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["count.py", "pairs.jsonl", folder])
-    return lambda text: text.replace("path-or-hub-id", folder)
+    losses = dict(LOSSES)
+    yield lambda text: text.replace("path-or-hub-id", folder)
+    LOSSES.clear()  # of what a page has entered
+    LOSSES.update(losses)
 
 
 def given(page):
@@ -70,7 +74,7 @@ def test_command_lines_of_a_page_are_read(page, place):
 
     if "4bit" in read(page):
         pytest.importorskip("bitsandbytes")
-    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", read(page), re.S))
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", read(page), re.S)).replace("\\\n", " ")
     for line in re.findall(r"dilkern train (.*)", place(blocks)):
         words = shlex.split(line, comments=True)
         if "--config" not in words:
