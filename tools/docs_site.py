@@ -45,7 +45,7 @@ _LINK = re.compile(
 _TAG = re.compile(r"(<[^>]+>)")
 _MENTION = re.compile(r"(?:docs/[\w/-]+|CONTRIBUTING|CHANGELOG)\.md(?:,? \(?(\d+))?")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
-# What latex2mathml leaves to its reader: spaces around log, none within |x|, a bar over all that is under it.
+# What latex2mathml leaves: spaces around log, none within |x|, a bar over all that is under it.
 _SPACE = '<mspace width="0.167em"/>'
 _BAR = r'<mover><mrow>((?:(?!<mover>).)*)</mrow><mo accent="true">&#x02015;</mo></mover>'
 _MENDED = (
