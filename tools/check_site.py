@@ -41,6 +41,7 @@ LOOK = """() => {
   for (const e of text.querySelectorAll("code, pre, math")) e.remove();
   for (const raw of text.textContent.match(/\\$\\$|\\\\\\(|\\\\[a-z]+\\{|^\\s*[-|] .*\\|/gm) || [])
     wrong.push("raw text: " + raw);
+  if (text.querySelector("blockquote blockquote")) wrong.push("a doctest that is none");
   for (const p of text.querySelectorAll("p"))
     if (/\\n *[-*] /.test(p.textContent)) wrong.push("a list in a paragraph: " + p.textContent);
   return {wrong, formulas: math.length, pictures: document.images.length,
