@@ -154,6 +154,7 @@ TABLES = {
     },
     "docs/reference/cli.md": {
         "train": lambda: short_help("train"),
+        "report": lambda: short_help("report"),
         "plan": lambda: short_help("plan"),
         "new-options": new_options,
         "inherited-options": inherited_options,
