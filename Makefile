@@ -10,7 +10,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: install demo test check gpu zero3 dry-run kernels trl fuzz bench bench-gpu gpu-pack clean
+.PHONY: install demo test check gpu zero3 dry-run kernels trl fuzz bench bench-gpu gpu-pack docs docs-check clean
 
 install: $(VENV)/.installed
 
@@ -99,7 +99,7 @@ bench: install
 	$(BIN)/python -m benchmarks.train_step --rounds 5
 	$(BIN)/python -m benchmarks.report draw $(call NEWEST,-v -e claim -e packed -e scaling -e steps)
 
-# On a GPU of your own: every step of docs/gpu.md, each call under 8 minutes, results in OUT; one
+# On a GPU of your own: every step of docs/dev/gpu.md, each call under 8 minutes, results in OUT; one
 # step: make gpu-suite. For a GPU machine without network: make gpu-pack prints what to run there.
 OUT ?= out/gpu
 GPU_STEPS := tests suite tune steps pairs longest scaling profile
@@ -117,6 +117,19 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The documentation site, into out/site; a warning, such as a broken link, is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# It in headless Chromium (apt-get install chromium): console, requests, pictures, formulas, links,
+# search; and pictures of some pages in out/site-pictures, to be looked at.
+docs-check: docs
+	$(BIN)/python -m tools.check_site
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install -q -e '.[docs]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

@@ -1,4 +1,4 @@
-"""The steps for a GPU machine, one command each, unattended and without network (docs/gpu.md).
+"""The steps for a GPU machine, one command each, unattended and without network (docs/dev/gpu.md).
 
     python -m tools.gpu pack               # here: wheels into .whl/, and the lines to run there
     python -m tools.gpu run suite --out $OUT    # there: one step, its log and results in $OUT

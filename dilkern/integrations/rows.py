@@ -161,7 +161,8 @@ class PackedRow:
     ) -> None:
         self.segments, self.scored, self.targets = segments, scored, targets
         self.slots, self.times, self.shape = slots, times, shape
-        self.sequences, self.num_tokens = sequences, input_ids.shape[1]
+        self.sequences: Tensor | None = sequences
+        self.num_tokens: int = input_ids.shape[1]
         # A mask of four dimensions is taken as it is by transformers, which would else make one of
         # the row's length squared, and of restarting positions one that cuts answers off.
         mask = torch.zeros(1, 1, 1, 1, device=input_ids.device)
