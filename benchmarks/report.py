@@ -1,9 +1,8 @@
 """Tables, pictures and goals from result files: `python -m benchmarks.report draw FILE.csv`.
 
 Everything is drawn from the files; refused, unsupported and out-of-memory rows stay in the tables with
-their reason, and rows in which dilkern loses stay too. `draw --readme FILE` puts the table between the
-markers `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->` of FILE. `goals FILE.csv` says of each
-of the project's goals: met, missed, or not measured; nothing is left out.
+their reason, and rows in which dilkern loses stay too. `goals FILE.csv` says of each of the project's
+goals: met, missed, or not measured; nothing is left out.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, help="Tables, pictures and goals from result files.")
 
-MARKERS = ("<!-- benchmarks:begin -->", "<!-- benchmarks:end -->")
 MIB = 2**20
 
 
@@ -247,20 +245,6 @@ def text_of(path: Path, rows: Sequence[Row]) -> str:
             lines.append([fit.axis, fit.peer, f"{fit.time:.2f}", f"{fit.memory:.2f}", ends])
         return markdown(header, lines)
     return f"{source_line(path)}\n\n{table(rows)}"
-
-
-def insert(text: str, block: str, markers: tuple[str, str] = MARKERS) -> str:
-    """Put `block` between the markers of `text`.
-
-    Raises:
-        ValueError: the markers are not there, once each and in order.
-    """
-    begin, end = markers
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
-    if text.count(begin) != 1 or text.count(end) != 1 or end in before:
-        raise ValueError(f"the file needs one {begin} and after it one {end}")
-    return f"{before}{begin}\n{block.strip()}\n{end}{after}"
 
 
 # Goals: on a GPU bf16, T = 8192, forward and backward, as multiples of the bare GEMM (2TVD) of the same
@@ -666,22 +650,10 @@ Results = Annotated[list[Path], typer.Argument(help="result files (.csv)")]
 
 
 @app.command()
-def draw(
-    results: Results,
-    readme: Annotated[Path | None, typer.Option(help="Markdown file with the two markers")] = None,
-    cases: Annotated[str, typer.Option(help="for --readme: parts of case keys, by commas")] = "",
-) -> None:
+def draw(results: Results) -> None:
     """Draw result files and write their tables, beside them."""
-    blocks, wanted = [], [part for part in cases.split(",") if part]
     for path in results:
         print(*draw_file(path), sep="\n")
-        rows = read_rows(path)
-        if wanted:
-            rows = [row for row in rows if any(part in row["case"] for part in wanted)]
-        blocks.append(text_of(path, rows) if rows else "")
-    if readme is not None:
-        readme.write_text(insert(readme.read_text(), "\n".join(blocks)))
-        print(readme)
 
 
 @app.command()

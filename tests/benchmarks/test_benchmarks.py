@@ -356,16 +356,8 @@ def test_pictures_and_tables_come_from_the_file(tmp_path: Path) -> None:
     assert "| trl | refused: grad_err_max 1 > 0.1 |" in text
 
 
-def test_the_table_goes_between_the_markers() -> None:
-    begin, end = report.MARKERS
-    text = f"before\n{begin}\nold\n{end}\nafter\n"
-    assert report.insert(text, "new") == f"before\n{begin}\nnew\n{end}\nafter\n"
-    with pytest.raises(ValueError, match="needs one"):
-        report.insert("no markers", "new")
-
-
 def test_committed_results_are_still_drawn(tmp_path: Path) -> None:
-    """The tables of the README come from these files; white space apart they are what was committed."""
+    """White space apart the tables are what was committed."""
     results = environment.RESULTS / "cpu"
     for stem in (
         "2026-11-21-f1e32fe3f",

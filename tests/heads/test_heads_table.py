@@ -1,7 +1,4 @@
-"""The table of docs/heads.md names tests that exist; README shows it without their names.
-
-`python tests/heads/test_heads_table.py` prints the README's table.
-"""
+"""The table of docs/heads.md names tests that exist."""
 
 import re
 from pathlib import Path
@@ -16,16 +13,6 @@ def rows():
     for line in [line for line in text.splitlines() if line.startswith("| ")][1:]:
         assert line.count("|") == 5, line
         yield [cell.strip() for cell in line.strip("|").split("|")]
-
-
-def readme_table():
-    lines = ["| head | frozen, CPU | trainable, CPU | frozen, GPU | trainable, GPU |"]
-    lines.append("|---|---|---|---|---|")
-    for kind, *cells in rows():
-        frozen, trainable, gpu = (cell.split(":")[0] for cell in cells)
-        on_gpu = [gpu if cell != "-" else "-" for cell in (frozen, trainable)]
-        lines.append(f"| {' | '.join((kind, frozen, trainable, *on_gpu))} |")
-    return "\n".join(lines)
 
 
 def test_every_cell_names_tests_that_exist():
@@ -45,11 +32,3 @@ def test_every_cell_names_tests_that_exist():
                 'usefixtures("device")' in source
                 or "device" in re.findall(rf"def {name}\(([^)]*)\)", source)[0]
             ), f"{kind}: {name} does not run on a GPU"
-
-
-def test_the_readme_shows_the_table():
-    assert readme_table() in (ROOT / "README.md").read_text()
-
-
-if __name__ == "__main__":
-    print(readme_table())

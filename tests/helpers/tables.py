@@ -1,7 +1,6 @@
 """Tables of the documentation that are made from the code.
 
-`python tests/helpers/tables.py` prints the README's table of losses, and puts the others between their
-markers in docs/.
+`python tests/helpers/tables.py` puts them between their markers in docs/.
 """
 
 import dataclasses
@@ -147,6 +146,7 @@ def short_help(command):
 
 # What stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` of a file.
 TABLES = {
+    "docs/losses.md": {"losses": lambda: loss_table(LOSSES.values())},
     "docs/howto/from-trl.md": {
         "trl-losses": trl_losses,
         "trl-options": trl_options,
@@ -175,6 +175,5 @@ def filled(file):
 
 
 if __name__ == "__main__":
-    print(loss_table(LOSSES.values()))
     for name in TABLES:
         (ROOT / name).write_text(filled(name), encoding="utf-8")
