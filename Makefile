@@ -119,17 +119,13 @@ check: install
 	$(BIN)/mypy
 
 # The documentation site, into out/site; a warning, such as a broken link, is an error.
-docs: $(VENV)/.docs
+docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # It in headless Chromium (apt-get install chromium): console, requests, pictures, formulas, links,
 # search; and pictures of some pages in out/site-pictures, to be looked at.
 docs-check: docs
 	$(BIN)/python -m tools.check_site
-
-$(VENV)/.docs: $(VENV)/.installed
-	$(BIN)/pip install -q -e '.[docs]'
-	touch $@
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info
