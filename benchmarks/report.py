@@ -534,7 +534,8 @@ def vocabulary(rows: Sequence[Row]) -> Figure:
     colours = dict(zip(("dilkern", "full logits"), ("#1b9e77", "#d95f02")))
     for axis, column, unit in zip(axes, ("peak_mib", "total_ms"), (1024, 1000)):
         for peer, mine in groups(along, "peer").items():
-            name, mine = NAMES.get(peer, peer), sorted(mine, key=lambda row: row["vocab"])
+            name = "TRL" if peer == "trl" else NAMES.get(peer, peer)
+            mine = sorted(mine, key=lambda row: row["vocab"])
             x, y = [row["vocab"] for row in mine], [row[column] / unit for row in mine]
             colour = colours.get(name, GREY)
             axis.plot(x, y, "o-", color=colour, linewidth=3 if name == "dilkern" else 1.5)
@@ -542,7 +543,8 @@ def vocabulary(rows: Sequence[Row]) -> Figure:
             axis.annotate(name, (x[-1], y[-1]), (8, 0), **note)
         words = sorted({row["vocab"] for row in along})[-3:]
         axis.set_xticks([0, *words], ["0", *(f"{v:,}" for v in words)])
-        axis.set(xlim=(0, 1.3 * words[-1]), ylim=(0, None), xlabel="words in the vocabulary")
+        axis.margins(y=0.06)
+        axis.set(xlim=(0, 1.25 * words[-1]), xlabel="words in the vocabulary")
     axes[0].set_title("peak memory above the inputs, GiB", fontsize=10)
     axes[1].set_title("forward and backward, seconds", fontsize=10)
     return on_any_page(figure)
