@@ -467,13 +467,13 @@ def trade(mine: Sequence[Row]) -> Figure:
 
 
 NAMES = {
-    "trl": "TRL's DPOTrainer",
+    "trl": "TRL",
     "trl-logits": "TRL, full logits",
-    "padded": "DILTrainer, padded",
-    "padding-free": "DILTrainer, padding-free",
-    "shared": "DILTrainer, shared prompts",
-    "shared+filter": "shared prompts, word filter",
-    "shared+precomputed": "shared prompts, reference precomputed",
+    "padded": "dilkern, padded",
+    "padding-free": "dilkern, padding-free",
+    "shared": "dilkern, shared prompts",
+    "shared+filter": "... and the word filter",
+    "shared+precomputed": "... and a known reference",
     "naive": "full logits",
     "dilkern-torch": "dilkern",
     "dilkern-triton": "dilkern",
@@ -492,8 +492,8 @@ def pairs_picture(rows: Sequence[Row]) -> Figure:
         bars = axis.barh([NAMES.get(v := row["variant"], v) for row in mine], values, color=colours)
         said = ["{pairs_per_s:.3g} ({peak_mib:.0f} MiB)".format(**row) for row in mine]
         axis.bar_label(bars, said, padding=3, color=GREY)
-        axis.margins(x=0.45)
-        axis.set_title(name, fontsize=9)
+        axis.margins(x=0.6)
+        axis.set_title(name.replace(", ", "\n", 2).replace("\n", ", ", 1), fontsize=9)
         axis.set_xlabel("pairs per second (peak memory above the model)")
     for axis in axes.flat[len(found) :]:
         axis.set_axis_off()
@@ -534,8 +534,7 @@ def vocabulary(rows: Sequence[Row]) -> Figure:
     colours = dict(zip(("dilkern", "full logits"), ("#1b9e77", "#d95f02")))
     for axis, column, unit in zip(axes, ("peak_mib", "total_ms"), (1024, 1000)):
         for peer, mine in groups(along, "peer").items():
-            name = "TRL" if peer == "trl" else NAMES.get(peer, peer)
-            mine = sorted(mine, key=lambda row: row["vocab"])
+            name, mine = NAMES.get(peer, peer), sorted(mine, key=lambda row: row["vocab"])
             x, y = [row["vocab"] for row in mine], [row[column] / unit for row in mine]
             colour = colours.get(name, GREY)
             axis.plot(x, y, "o-", color=colour, linewidth=3 if name == "dilkern" else 1.5)
