@@ -56,6 +56,12 @@ def test_a_run_in_order_has_no_findings():
     assert anchors() == anchors(**{"eval_rewards/accuracies": 0.6}) == []
 
 
+def test_steps_that_fp16_leaves_out_are_in_order():
+    rows = history()
+    rows[0]["grad_norm"] = float("inf")
+    assert findings(Run("", rows, {})) == []
+
+
 PLANTED = [
     ("nan", {"rewards/chosen": float("nan")}, {}),
     ("nan", {"eval_loss": float("inf")}, {}),
