@@ -151,6 +151,11 @@ def test_what_is_no_run_is_refused(tmp_path):
     broken.mkdir()
     (broken / "metrics.jsonl").write_text("{")
     write(tmp_path / "empty", [])
+    stepless = write(tmp_path / "stepless", [{"loss": 1.0}])
+    wordy = write(tmp_path / "wordy", [{"loss": "1.0", "step": 1}])
+    listed = write(tmp_path / "listed", [["loss"]])
+    told = write(tmp_path / "told", history())
+    (tmp_path / "told" / "summary.json").write_text("{")
     good = write(tmp_path / "good", history())
     for words, message in (
         ([], "required: RUN"),
@@ -159,6 +164,10 @@ def test_what_is_no_run_is_refused(tmp_path):
         ([str(tmp_path)], r"without metrics.jsonl.*trainer.save_state\(\)"),
         ([str(broken)], "must be a history of metrics"),
         ([str(tmp_path / "empty")], "must have logged a step"),
+        ([stepless], r"must be a history of metrics.*KeyError\('step'\)"),
+        ([wordy], "must be a history of metrics.*a loss that is no number"),
+        ([listed], "must be a history of metrics"),
+        ([told], "summary.json must be a JSON object"),
         ([good, "--output", str(tmp_path / "x.doc")], "--output must be a picture.*doc"),
     ):
         with pytest.raises(ValueError, match=message):
