@@ -62,6 +62,16 @@ def test_steps_that_fp16_leaves_out_are_in_order():
     assert findings(Run("", rows, {})) == []
 
 
+def test_supervised_training_is_not_asked_to_tell_pairs_apart():
+    faults = {"length/margin_slope": 0.02, "eval_rewards/accuracies": 0.3}
+    rows = [{**row} for row in history(**faults)]
+    assert len(findings(Run("", rows, {}))) == 1
+    for row in rows:
+        row.pop("loss/pair", None)
+        row |= {"loss/chosen": 0.0, "loss/rejected": 0.0}
+    assert findings(Run("", rows, {})) == []
+
+
 PLANTED = [
     ("nan", {"rewards/chosen": float("nan")}, {}),
     ("nan", {"eval_loss": float("inf")}, {}),
