@@ -52,7 +52,12 @@ def _rate(run: Run) -> str:
 
 def _not_finite(run: Run) -> Finding | None:
     for entry in run.history:
-        names = [n for n, v in entry.items() if isinstance(v, float) and not math.isfinite(v)]
+        names = [
+            name
+            for name, value in entry.items()
+            # fp16 looks for its scale by steps that it leaves out, with a norm of infinity.
+            if isinstance(value, float) and not math.isfinite(value) and name != "grad_norm"
+        ]
         if names:
             return Finding(
                 "the loss is NaN or infinite: nothing was learnt from there on",
@@ -138,7 +143,15 @@ def _pairs(run: Run) -> int | None:
     return None if seconds is None or rate is None else max(1, round(seconds * rate))
 
 
+def _supervised(run: Run) -> bool:
+    """Whether the loss has no term that tells chosen from rejected: likelihood alone, as `sft`."""
+    terms = [run.points(f"loss/{of}")[1] for of in ("pair", "chosen", "rejected")]
+    return any(terms) and not any(value for values in terms for value in values)
+
+
 def _length(run: Run) -> Finding | None:
+    if _supervised(run):
+        return None
     pairs = _pairs(run)
     prefix = "" if pairs is None else "eval_"
     logged = run.points("length/margin_corr")[1]
@@ -167,7 +180,7 @@ def _length(run: Run) -> Finding | None:
 def _held_out(run: Run) -> Finding | None:
     training, held_out = last(run, "rewards/accuracies"), last(run, "eval_rewards/accuracies")
     pairs = _pairs(run)
-    if training is None or held_out is None or pairs is None:
+    if training is None or held_out is None or pairs is None or _supervised(run):
         return None
     error = 0.5 / math.sqrt(pairs)  # of the accuracy of a coin
     numbers = f"accuracy {held_out:.2f} on {pairs} of them, {training:.2f} on training pairs"

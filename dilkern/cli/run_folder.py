@@ -41,6 +41,14 @@ def write_csv(history: History, path: Path) -> None:
                 writer.writerow({**row, "split": split})
 
 
+def _numbers(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return what an entry has to be drawn, with its step; other trainers log words too."""
+    numbers = {name: value for name, value in entry.items() if isinstance(value, (int, float))}
+    if split_of(numbers) != split_of(entry):
+        raise TypeError(f"a loss that is no number: {entry}")
+    return {**numbers, "step": int(entry["step"])}
+
+
 def _read_csv(path: Path) -> History:
     history = []
     with path.open(newline="", encoding="utf-8") as file:
@@ -116,14 +124,19 @@ def read_run(folder: Path) -> Run:
         )
     path, read = there[0]
     try:
-        history = [entry for entry in read(path) if split_of(entry)]
-        summary_file = folder / "summary.json"
-        summary = json.loads(summary_file.read_text("utf-8")) if summary_file.is_file() else {}
-    except (ValueError, KeyError, TypeError) as error:
+        history = [_numbers(entry) for entry in read(path) if split_of(entry)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         reject(f"{path} must be a history of metrics", repr(error), "Write it anew by --resume.")
     if not any(split_of(entry) == "train" for entry in history):
         reject("a run must have logged a step", f"{path} without one", "Lower --logging-steps.")
-    return Run(str(folder), history, summary)
+    return Run(str(folder), history, _summary(folder / "summary.json"))
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        reject(f"{path} must be a JSON object", repr(error), "Delete it, or write it anew.")
 
 
 def _whole(checkpoint: Path) -> bool:

@@ -24,7 +24,7 @@ TEMPLATE = """---
 
 `{{ loss.formula }}`
 
-f is the log-ratio of policy to reference of a sequence, `a | b` a loss of chosen and of rejected
+f is the {{ f }} of a sequence, `a | b` a loss of chosen and of rejected
 sequences. {{ loss.source }}.{% if loss.note %} {{ loss.note }}.{% endif %} Settled options:
 
     {{ objective }}
@@ -41,7 +41,7 @@ sequences. {{ loss.source }}.{% if loss.note %} {{ loss.note }}.{% endif %} Sett
 |---|---|---|
 {% for name, train, held_out in results %}| {{ name }} | {{ train }} | {{ held_out }} |
 {% endfor %}
-Margin and accuracy compare beta times the log-ratio of the chosen and of the rejected answer.
+Margin and accuracy compare beta f of the chosen and of the rejected answer.
 
 {% endif %}## Use
 
@@ -87,9 +87,14 @@ _VERSIONS = ("torch", "transformers", "trl", "peft")
 
 
 def _adapter_line(config: Any) -> str:
-    targets = config.target_modules
-    names = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
-    return f"{config.peft_type.value}, r={getattr(config, 'r', '-')}, on {names}"
+    rank, targets = getattr(config, "r", None), getattr(config, "target_modules", None)
+    words = [config.peft_type.value]  # prompt tuning has neither rank nor modules
+    if rank is not None:
+        words.append(f"r={rank}")
+    if targets:
+        names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+        words.append(f"on {names}")
+    return ", ".join(words)
 
 
 def _results(history: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
@@ -144,7 +149,7 @@ def model_card(
     training = {
         "steps": f"{state.global_step} of {batch} examples, {state.epoch or 0:.3g} epochs",
         "trained weights": "all" if adapter is None else _adapter_line(adapter),
-        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type}",
+        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "as loaded",
         "longest sequence": f"{args.max_length} tokens" if args.max_length else "not cut",
         "seed": args.seed,
@@ -158,6 +163,9 @@ def model_card(
         base=f"[{base}](https://huggingface.co/{base})" if base in on_hub else f"`{base}`",
         dataset=f"`{dataset}`" if dataset else "",
         loss=objective.loss,
+        f="log-ratio of policy to reference"
+        if objective.loss.reference and not args.reference_free
+        else "log-prob",
         is_dil="(DIL)" in objective.loss.source,
         objective=objective,
         version=__version__,

@@ -20,6 +20,7 @@ from transformers.utils.generic import ModelOutput
 
 from dilkern.integrations.attention import teach_packed_rows
 from dilkern.integrations.data import IGNORE_INDEX, REFERENCE, model_inputs
+from dilkern.integrations.metrics import LoggedOutputs
 from dilkern.integrations.packing import check_packing
 from dilkern.integrations.rows import PackedRow, pack
 from dilkern.lm_head import LMHead
@@ -28,7 +29,7 @@ from dilkern.logps import linear_logps, mask_first_labels
 from dilkern.losses import Loss
 from dilkern.objective import Objective
 from dilkern.options import LossKeywords, Unpack
-from dilkern.output import PreferenceLossOutput, joined, preference_metrics
+from dilkern.output import PreferenceLossOutput
 from dilkern.preference import Counts, loss_from_token_logps
 from dilkern.validation import name_of, reject
 
@@ -363,7 +364,7 @@ class PreferenceMixin:
             for model in (self.model, ref_model):
                 if model is not None:
                     check_packing(model, answers)
-        self._outputs: dict[str, list[PreferenceLossOutput]] = {"": [], "eval_": []}
+        self._outputs = LoggedOutputs()
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -372,8 +373,7 @@ class PreferenceMixin:
         output = compute_loss(
             model, inputs, ref_model=self.ref_model, loss=self.objective, answers=self.answers
         )
-        kept = self._outputs["" if model.training else "eval_"]
-        kept.append(output._replace(loss=output.loss.detach()))
+        self._outputs.keep(self.model.training, output, self.accelerator)
         if not return_outputs:
             return output.loss
         ratios = torch.cat([output.chosen_log_ratios, output.rejected_log_ratios])
@@ -381,10 +381,12 @@ class PreferenceMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the metrics over the sequences since the last log, named as in `DILTrainer`."""
-        prefix = "eval_" if "eval_loss" in logs else ""
-        if self._outputs[prefix]:
-            metrics = preference_metrics(joined(self._outputs[prefix]))
-            values = torch.stack([*metrics.values()]).tolist()
-            logs.update(zip([prefix + name for name in metrics], values))
-            self._outputs[prefix].clear()
+        training = self.model.training
+        prefix = "" if training else "eval_"
+        logs.update({prefix + name: x for name, x in self._outputs.take(training).items()})
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate or predict; metrics that an earlier call left are not of this one."""
+        self._outputs.clear(training=False)
+        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]

@@ -49,6 +49,7 @@ from dilkern.integrations.heads import (
     is_tied,
     quantize_lm_head,
 )
+from dilkern.integrations.metrics import LoggedOutputs
 from dilkern.integrations.packing import check_packing
 from dilkern.integrations.rows import pack
 from dilkern.integrations.transformers import (
@@ -60,7 +61,7 @@ from dilkern.integrations.trl_config import DILConfig
 from dilkern.lm_head import as_head, weights_come_later
 from dilkern.lm_head.modules import unwrap
 from dilkern.losses import Loss
-from dilkern.output import PreferenceLossOutput, joined, preference_metrics
+from dilkern.output import PreferenceLossOutput, joined
 from dilkern.preference import Counts, loss_from_token_logps
 from dilkern.validation import reject
 
@@ -238,7 +239,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         if not self._needs_reference:
             ref_model = _NoReference()
         self._checked: set[int] = set()
-        self._outputs: dict[str, list[PreferenceLossOutput]] = {"train": [], "eval": []}
+        self._outputs = LoggedOutputs()
         self._until_installed = contextlib.ExitStack()
         if at_hand:
             self._until_installed.enter_context(_head_without_adapter(model))
@@ -660,7 +661,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         output, aux_loss = loss_of(parts[-1])
         output = joined([*outputs, output])
         loss = output.loss
-        self._outputs[mode].append(self._over_ranks(output))
+        self._outputs.keep(mode == "train", output, self.accelerator)
         metrics = {}
         if kl_log_ratios is not None:
             metrics["kl"] = kl_log_ratios.mean().clamp(min=0).item()
@@ -720,42 +721,15 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         chosen, rejected = self.accelerator.reduce(counts, "mean")
         return chosen, rejected
 
-    def _over_ranks(self, output: PreferenceLossOutput) -> PreferenceLossOutput:
-        """Return an output with the sequences of all ranks, some of them padding of length -1."""
-        columns: dict[str, Any] = {}
-        for side in ("chosen", "rejected"):
-            names = [name for name in output._fields if name.startswith(f"{side}_")]
-            table = torch.stack([getattr(output, name).float() for name in names], 1)
-            table = self.accelerator.pad_across_processes(table, pad_index=-1)
-            columns.update(zip(names, self.accelerator.gather(table).unbind(1)))
-        return output._replace(**columns, loss=output.loss.detach())
-
-    def _means(self, output: PreferenceLossOutput) -> dict[str, float]:
-        """Return the metrics of an output of `_over_ranks`; what has no sequence is left out."""
-        columns: dict[str, Any] = {}
-        left_out = []
-        for side in ("chosen", "rejected"):
-            real = getattr(output, f"{side}_lengths") > (0 if self._unpaired else -1)
-            for name in output._fields:
-                if name.startswith(f"{side}_"):
-                    columns[name] = getattr(output, name)[real]
-            if not real.any():
-                left_out += [side, "margins"]
-        metrics = preference_metrics(output._replace(**columns))
-        values = torch.stack([value.float() for value in metrics.values()]).tolist()
-        return {
-            name: value
-            for name, value in zip(metrics, values)
-            if not any(word in name for word in left_out)
-        }
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the metrics over all sequences since the last log."""
-        mode = "train" if self.model.training else "eval"
-        if self._outputs[mode]:
-            # Once per log: a step waits for none of this, and a spread over batches of one pair is
-            # that of all their pairs.
-            for name, value in self._means(joined(self._outputs[mode])).items():
-                self._metrics[mode][name] = [value]
-            self._outputs[mode].clear()
+        training = self.model.training
+        for name, value in self._outputs.take(training).items():
+            self._metrics["train" if training else "eval"][name] = [value]
         super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate or predict; metrics that an earlier call left are not of this one."""
+        self._outputs.clear(training=False)
+        self._metrics["eval"].clear()
+        return super().evaluation_loop(*args, **kwargs)

@@ -7,14 +7,35 @@ import sys
 import tiny_models as tiny
 import torch
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from dilkern.integrations.collators import PreferenceCollator
+from dilkern.integrations.transformers import PreferenceMixin
 from dilkern.integrations.trl import DILConfig, DILTrainer
 
-KINDS = ("full", "lora", "unpaired", "shared")
+KINDS = ("full", "lora", "unpaired", "shared", "mixin")
 
 
-def run(kind, folder, out, batch):
-    torch.manual_seed(0)
+class PreferenceTrainer(PreferenceMixin, Trainer):
+    pass
+
+
+def plain_trainer(folder, out, batch):
+    args = TrainingArguments(
+        out, use_cpu=True, report_to="none", learning_rate=0.1, optim="sgd", max_steps=3,
+        per_device_train_batch_size=batch, logging_steps=1, save_strategy="no", disable_tqdm=True,
+        remove_unused_columns=False, dataloader_pin_memory=False,
+    )  # fmt: skip
+    return PreferenceTrainer(
+        AutoModelForCausalLM.from_pretrained(folder),
+        args,
+        train_dataset=tiny.pairs(16),
+        data_collator=PreferenceCollator(tiny.tokenizer()),
+        preference={"loss": "simpo"},
+    )
+
+
+def dil_trainer(kind, folder, out, batch):
     args = DILConfig(
         out,
         loss_type="bce" if kind == "unpaired" else "lsif",
@@ -35,13 +56,19 @@ def run(kind, folder, out, batch):
         max_tokens_per_batch=120 if kind == "shared" else None,
     )
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = DILTrainer(
+    return DILTrainer(
         folder,
         args=args,
         train_dataset=tiny.unpaired(24) if kind == "unpaired" else tiny.dataset(16),
         processing_class=tiny.tokenizer(),
         peft_config=adapter if kind == "lora" else None,
     )
+
+
+def run(kind, folder, out, batch):
+    torch.manual_seed(0)
+    mixed = kind == "mixin"
+    trainer = plain_trainer(folder, out, batch) if mixed else dil_trainer(kind, folder, out, batch)
     trainer.train()
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)

@@ -172,6 +172,18 @@ def run(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def test_mixin_logs_what_each_of_several_evaluations_found(tmp_path):
+    trainer = plain(tmp_path, {"loss": "simpo"}, max_steps=2, logging_steps=2, eval_strategy="steps",
+                    eval_steps=1)  # fmt: skip
+    trainer.eval_dataset = {"short": tiny.pairs(2), "long": tiny.pairs(6)}
+    trainer.train()
+    logs = trainer.state.log_history
+    for entry in logs:
+        sides = {"eval_" in name for name in entry if name.endswith("rewards/margins")}
+        assert sides == ({False} if "loss" in entry else set() if "train_loss" in entry else {True})
+    assert len({entry["eval_logps/chosen"] for entry in logs if "eval_logps/chosen" in entry}) == 4
+
+
 def test_mixin_equals_diltrainer_and_accumulates(tmp_path):
     from dilkern.integrations.trl import DILConfig, DILTrainer
 

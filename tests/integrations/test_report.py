@@ -56,6 +56,22 @@ def test_a_run_in_order_has_no_findings():
     assert anchors() == anchors(**{"eval_rewards/accuracies": 0.6}) == []
 
 
+def test_steps_that_fp16_leaves_out_are_in_order():
+    rows = history()
+    rows[0]["grad_norm"] = float("inf")
+    assert findings(Run("", rows, {})) == []
+
+
+def test_supervised_training_is_not_asked_to_tell_pairs_apart():
+    faults = {"length/margin_slope": 0.02, "eval_rewards/accuracies": 0.3}
+    rows = [{**row} for row in history(**faults)]
+    assert len(findings(Run("", rows, {}))) == 1
+    for row in rows:
+        row.pop("loss/pair", None)
+        row |= {"loss/chosen": 0.0, "loss/rejected": 0.0}
+    assert findings(Run("", rows, {})) == []
+
+
 PLANTED = [
     ("nan", {"rewards/chosen": float("nan")}, {}),
     ("nan", {"eval_loss": float("inf")}, {}),
@@ -145,6 +161,11 @@ def test_what_is_no_run_is_refused(tmp_path):
     broken.mkdir()
     (broken / "metrics.jsonl").write_text("{")
     write(tmp_path / "empty", [])
+    stepless = write(tmp_path / "stepless", [{"loss": 1.0}])
+    wordy = write(tmp_path / "wordy", [{"loss": "1.0", "step": 1}])
+    listed = write(tmp_path / "listed", [["loss"]])
+    told = write(tmp_path / "told", history())
+    (tmp_path / "told" / "summary.json").write_text("{")
     good = write(tmp_path / "good", history())
     for words, message in (
         ([], "required: RUN"),
@@ -153,6 +174,10 @@ def test_what_is_no_run_is_refused(tmp_path):
         ([str(tmp_path)], r"without metrics.jsonl.*trainer.save_state\(\)"),
         ([str(broken)], "must be a history of metrics"),
         ([str(tmp_path / "empty")], "must have logged a step"),
+        ([stepless], r"must be a history of metrics.*KeyError\('step'\)"),
+        ([wordy], "must be a history of metrics.*a loss that is no number"),
+        ([listed], "must be a history of metrics"),
+        ([told], "summary.json must be a JSON object"),
         ([good, "--output", str(tmp_path / "x.doc")], "--output must be a picture.*doc"),
     ):
         with pytest.raises(ValueError, match=message):

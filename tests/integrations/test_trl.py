@@ -166,6 +166,36 @@ def test_metrics_are_over_all_pairs_since_the_last_log(quick):
     assert min(column(parts, "log_ratio/rejected_std")) > 1e-3
 
 
+def test_rare_logs_hold_few_tensors(quick, monkeypatch):
+    from dilkern.integrations import metrics
+
+    options = {"loss_type": "dpo", "max_steps": 5, "logging_steps": 5, "learning_rate": 1e-2}
+    want = quick(**options)
+    losses(want)
+    monkeypatch.setattr(metrics, "_AT_ONCE", 2)
+    have, most, keep = quick(**options), [], metrics.LoggedOutputs.keep
+
+    def counted(self, *args):
+        keep(self, *args)
+        most.append(len(self._kept[True]))
+
+    monkeypatch.setattr(metrics.LoggedOutputs, "keep", counted)
+    losses(have)
+    assert max(most) == 1 and len(most) == 5
+    assert {n: v for n, v in have.state.log_history[0].items() if "/" in n} == {
+        n: v for n, v in want.state.log_history[0].items() if "/" in n
+    }
+
+
+def test_an_evaluation_after_predict_is_its_own(quick):
+    trainer = quick(init={"eval_dataset": tiny.dataset(4)})
+    trainer.evaluate()
+    trainer.predict(trainer.train_dataset)
+    trainer.evaluate()
+    first, second = column(trainer, "eval_logps/chosen")
+    assert first == second
+
+
 def test_bf16_autocast(quick):
     values = losses(quick(bf16=True, gradient_checkpointing=True))
     assert values[0] == -0.5, "policy == reference under autocast, to the bit"

@@ -170,7 +170,8 @@ def test_the_model_card_says_what_was_trained_how_and_how_to_load_it(quick, fold
     for text in ("# mine", f"An adapter of `{folder}`", "beta=3.0", "Meng et al. 2024", "LORA, r=4",
                  "2 of 4 examples", "| loss | "):  # fmt: skip
         assert text in card.text, text
-    assert "xiao2025" not in card.text
+    assert "xiao2025" not in card.text and "to reference" not in card.text
+    assert ", linear |" in card.text
     code = card.text.partition("```python\n")[2].partition("```")[0]
     found = {}
     exec(code, found)
@@ -183,6 +184,15 @@ def test_the_card_of_a_whole_model_without_a_name(quick, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "A fine-tuned version of `LlamaForCausalLM`" in card and "xiao2025" in card
     assert "## Results" not in card and "None" not in card
+
+
+def test_the_card_of_an_adapter_without_rank_and_modules(quick, tmp_path):
+    from peft import PromptTuningConfig
+
+    adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    quick(init={"peft_config": adapter}).create_model_card()  # as every checkpoint does
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| trained weights | PROMPT_TUNING |" in card
 
 
 def test_a_loss_of_nan_is_logged_as_it_is(quick):
