@@ -329,7 +329,7 @@ def main(
     table = beside(stem, ".csv")
     names = variants.split(",")
     known = ("model", "data", "loss", "pairs", "prompt_share", "variant")
-    done = {tuple(row[name] for name in known) for row in read_rows(table)}
+    done = {tuple(row.get(name, 0) for name in known) for row in read_rows(table)}
     begun, kind = False, dtype or ("bfloat16" if device == "cuda" else "float32")
     shape = {"steps": steps, "max_length": max_length, "device": device, "dtype": kind}
     every = product(*(x.split(",") for x in (models, data, losses, pairs, prompt_shares)))

@@ -203,8 +203,8 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         args = copy.copy(args)  # the caller's may serve another run
         named = isinstance(model, str)
         adds_adapter = kwargs.get("peft_config") is not None
+        adapted = adds_adapter or (not named and is_peft_model(model))
         if args.learning_rate is None:
-            adapted = adds_adapter or (not named and is_peft_model(model))
             args.learning_rate = 1e-4 if adapted else 1e-6
         dataset: Any = kwargs.get("train_dataset")
         for name, data in [
@@ -238,6 +238,17 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             _say(quantize_lm_head(model), args)
         if not self._needs_reference:
             ref_model = _NoReference()
+        elif (
+            ref_model is None
+            and not named
+            and not adapted
+            and not get_config_model_id(model.config)
+        ):
+            reject(
+                "the reference of full training is loaded by the model's name or folder",
+                f"a {type(model).__name__} built in memory, and no ref_model",
+                "Pass ref_model=copy.deepcopy(model), a peft_config, or reference_free=True.",
+            )
         self._checked: set[int] = set()
         self._outputs = LoggedOutputs()
         self._until_installed = contextlib.ExitStack()

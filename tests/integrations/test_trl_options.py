@@ -178,6 +178,11 @@ def test_the_model_card_says_what_was_trained_how_and_how_to_load_it(quick, fold
     assert found["model"].peft_config["default"].r == 4
 
 
+def test_a_reference_that_cannot_be_loaded_is_asked_for(quick):
+    with pytest.raises(ValueError, match=r"ref_model=copy\.deepcopy"):
+        quick(tiny.build(), loss_type="lsif")
+
+
 def test_the_card_of_a_whole_model_without_a_name(quick, tmp_path):
     trainer = quick(tiny.build(), loss_type="lsif", reference_free=True)
     trainer.create_model_card()
