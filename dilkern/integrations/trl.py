@@ -240,8 +240,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
             ref_model = _NoReference()
         elif (
             ref_model is None
-            and not named
-            and not adapted
+            and not (named or adapted or args.precompute_ref_log_probs)
             and not get_config_model_id(model.config)
         ):
             reject(
