@@ -241,8 +241,10 @@ class DILLoss(nn.Module):
         **options: Unpack[LossKeywords],
     ) -> None:
         super().__init__()
-        self.objective = Objective.of(h, params, options, bregman_only=True, argument="h")
-        self.scoring = {
+        self.objective: Objective = Objective.of(
+            h, params, options, bregman_only=True, argument="h"
+        )
+        self.scoring: dict[str, Any] = {
             "reference_free": reference_free,
             "shift": shift,
             "ignore_index": ignore_index,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilkern.curves import extended, on_extension, smoothed
+from dilkern.curves import Growth, extended, on_extension, smoothed
 from dilkern.losses import Loss, get_loss, merge_params
 from dilkern.options import DEFAULTS, LossKeywords, LossOptions, Unpack, check_option_names
 from dilkern.validation import check_bool, check_positive, is_number, reject
@@ -56,14 +56,14 @@ class Objective:
         self.loss = entry
         if asked.label_smoothing and "epsilon" in entry.params:
             params = self._epsilon(params, asked)
-        self.params = merge_params(entry, params)
-        self.growth = entry.growth(**self.params)
-        self.beta = self._settled_beta(asked.beta)
-        self.pairwise = self._settled_pairing(asked.pairing) == "pairwise"
-        self.length_normalize = (
+        self.params: dict[str, float] = merge_params(entry, params)
+        self.growth: tuple[Growth, Growth] = entry.growth(**self.params)
+        self.beta: float = self._settled_beta(asked.beta)
+        self.pairwise: bool = self._settled_pairing(asked.pairing) == "pairwise"
+        self.length_normalize: bool = (
             entry.length_normalize if asked.length_normalize is None else asked.length_normalize
         )
-        self.sft_weight = entry.sft_weight if asked.sft_weight is None else asked.sft_weight
+        self.sft_weight: float = entry.sft_weight if asked.sft_weight is None else asked.sft_weight
         self.options = asked
         self._check()
 

@@ -6,16 +6,18 @@ docs/math.md per line. S sequences, L positions, D hidden size, V vocabulary siz
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 # l_1(f) and l_-1(f) of the paper's table, eq. 24.
-L_CHOSEN = {
+L_CHOSEN: dict[str, Callable[[Tensor], Tensor]] = {
     "lsif": lambda f: -torch.exp(f),
     "ukl": lambda f: -f,
     "bce": lambda f: torch.logaddexp(torch.zeros_like(f), -f),
 }
-L_REJECTED = {
+L_REJECTED: dict[str, Callable[[Tensor], Tensor]] = {
     "lsif": lambda f: torch.exp(2 * f) / 2,
     "ukl": lambda f: torch.exp(f),
     "bce": lambda f: torch.logaddexp(torch.zeros_like(f), f),

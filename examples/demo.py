@@ -57,8 +57,8 @@ def write(rows: list[dict[str, Any]], path: Path) -> str:
     return str(path)
 
 
-def small_model(rows: list[dict[str, Any]], out: Path) -> str:
-    """Build a Llama of 1.5 M parameters, and teach it the answers of both kinds."""
+def untrained_model(rows: list[dict[str, Any]], folder: Path) -> str:
+    """Build a Llama of 1.5 M parameters and a tokenizer of the rows' words; return their folder."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -92,11 +92,17 @@ def small_model(rows: list[dict[str, Any]], out: Path) -> str:
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    LlamaForCausalLM(config).save_pretrained(out / "untrained")
-    tokenizer.save_pretrained(out / "untrained")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def small_model(rows: list[dict[str, Any]], out: Path) -> str:
+    """Build a small model, and teach it the answers of both kinds."""
+    untrained = untrained_model(rows, out / "untrained")
     turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     train(
-        "--model", str(out / "untrained"), "--dataset", write(rows + turned, out / "both.jsonl"),
+        "--model", untrained, "--dataset", write(rows + turned, out / "both.jsonl"),
         "--loss", "sft", "--learning-rate", "2e-3", "--max-steps", str(WARM_UP), "--batch-size", "8",
         "--output-dir", str(out / "model"), "--save-strategy", "no", quiet=True,
     )  # fmt: skip

@@ -14,6 +14,7 @@ A link or a mention that leads nowhere is a warning, which `make docs` takes for
 from __future__ import annotations
 
 import html as entities
+import json
 import logging
 import posixpath
 import re
@@ -58,6 +59,8 @@ _MENDED = (
 
 def _source(page: str) -> str:
     """Return the file of the repository that a page of the site comes from."""
+    if page.startswith("source/"):
+        return page.removeprefix("source/").removesuffix(".md")
     return SOURCES.get(page) or (page if page.startswith(RESULTS) else f"docs/{page}")
 
 
@@ -82,6 +85,19 @@ def _links(markdown: str, page: str, change: Callable[[str], str]) -> str:
         return f"{found[2]}{change(source)}{mark}{anchor}"
 
     return _LINK.sub(new, markdown)
+
+
+def _code(source: str) -> str:
+    """Return the page of a file of code."""
+    code, kind = (ROOT / source).read_text(encoding="utf-8"), Path(source).suffix[1:]
+    return f"---\nsearch: {{exclude: true}}\n---\n# {source}\n\n````{kind}\n{code}\n````\n"
+
+
+def _shown(notebook: Path) -> str:
+    """Return the page of a notebook: its text, and its code between."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    texts = (("".join(cell["source"]), cell["cell_type"] == "code") for cell in cells)
+    return "\n\n".join(f"```python\n{text}\n```" if code else text for text, code in texts) + "\n"
 
 
 def _results() -> Iterator[tuple[str, Path | None, list[Path]]]:
@@ -139,9 +155,7 @@ def on_files(files: Any, config: Any) -> Any:
     def add(source: str) -> str:
         uri = _page(source)
         if files.get_file_from_path(uri) is None and (ROOT / source).is_file():
-            code = (ROOT / source).read_text(encoding="utf-8")
-            kind = Path(source).suffix[1:]
-            text = f"---\nsearch: {{exclude: true}}\n---\n# {source}\n\n````{kind}\n{code}\n````\n"
+            text = _shown(ROOT / source) if source.endswith(".ipynb") else _code(source)
             files.append(File.generated(config, uri, content=text))
         return uri
 

@@ -186,7 +186,7 @@ class WeightHead(Head):
             check_positive("softcap", softcap)
         self.stored, self._bias, self.scale, self.softcap = stored, bias, scale, softcap
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
-        self.device = stored[0].device
+        self.device: torch.device = stored[0].device
 
     def tensors(self) -> list[Tensor]:
         return self.stored if self._bias is None else [*self.stored, self._bias]

@@ -4,7 +4,9 @@ import copy
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_models as tiny
@@ -56,6 +58,36 @@ def test_lightning_example(arguments, tmp_path):
     pytest.importorskip("lightning")
     assert load("lightning_module").main(arguments) < -0.51
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    """In a folder like its own, with fewer pairs and steps; no Jupyter is needed to run its cells."""
+    cells = json.loads((EXAMPLES / "preference_training.ipynb").read_text("utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    text = "".join(line for cell in cells if cell not in code for line in cell["source"])
+    for link in re.findall(r"\]\((\.\./[^)]+)\)", text):
+        assert (EXAMPLES / link).is_file(), link
+
+    few = (EXAMPLES / "data" / "preferences.jsonl").read_text("utf-8").splitlines(True)[:36]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "preferences.jsonl").write_text("".join(few), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    pictures = []
+    display = SimpleNamespace(Image=lambda filename: pictures.append(Path(filename).read_bytes()))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    names = {}
+    for cell in code:
+        source = "".join(cell["source"])
+        if "STEPS =" in source:
+            source, changed = re.subn(r"^STEPS = \d+$", "STEPS = 8", source, flags=re.M)
+            assert changed == 1
+        exec(compile(source, cell["id"], "exec"), names)
+    assert pictures[0].startswith(b"\x89PNG")
+    assert list(names["table"]) == ["lsif", "dpo"]
+    for of_loss in names["table"].to_dict().values():
+        assert of_loss["log-ratio of chosen"] > of_loss["log-ratio of rejected"]
 
 
 def test_shipped_pairs_prefer_a_short_answer_to_rambling():
