@@ -469,8 +469,8 @@ def train(study: Study, run: Run, options: dict[str, Any]) -> dict[str, Any]:
             "seed": run.seed,
             "setup": setup.key,
             "drawn": digest,
-            "seconds": round(wall, 1),
-            "cpu_seconds": round(cpu, 1),
+            "seconds": round(wall, 3),
+            "cpu_seconds": round(cpu, 3),
             "curve": {
                 column: rounded([float(step[column]) for step in steps], 5)
                 for column in ("loss", "grad_norm")
