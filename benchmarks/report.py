@@ -247,6 +247,20 @@ def text_of(path: Path, rows: Sequence[Row]) -> str:
     return f"{source_line(path)}\n\n{table(rows)}"
 
 
+def insert(text: str, block: str, markers: tuple[str, str]) -> str:
+    """Put `block` between the markers of `text`.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    begin, end = markers
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    if text.count(begin) != 1 or text.count(end) != 1 or end in before:
+        raise ValueError(f"the file needs one {begin} and after it one {end}")
+    return f"{before}{begin}\n{block.strip()}\n{end}{after}"
+
+
 # Goals: on a GPU bf16, T = 8192, forward and backward, as multiples of the bare GEMM (2TVD) of the same
 # rounds, and relations to rivals in the same group; on a CPU the claim of the README.
 

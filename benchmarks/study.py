@@ -35,7 +35,7 @@ from torch import Tensor
 from benchmarks import pairs as drawing
 from benchmarks.environment import RESULTS, describe, markdown
 from benchmarks.real_models import HH, SOURCES, appearing, cache
-from benchmarks.report import GREY, on_any_page, panels
+from benchmarks.report import GREY, insert, on_any_page, panels
 from dilkern.losses import LOSSES
 from dilkern.validation import reject
 
@@ -823,12 +823,7 @@ def draw(
     if page is not None:
         there = Path(os.path.relpath(folder.resolve(), page.resolve().parent)).as_posix()
         pictures = f"![change]({there}/change.png)\n\n![price]({there}/price.png)"
-        (before, _, rest), (begin, end) = page.read_text().partition(MARKERS[0]), MARKERS
-        _, found, after = rest.partition(end)
-        if not found:
-            raise typer.BadParameter(f"{page} needs {begin} and after it {end}")
-        text = f"{pictures}\n\n{report(study)}".strip()
-        page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+        page.write_text(insert(page.read_text(), f"{pictures}\n\n{report(study)}", MARKERS))
     print(report(study))
 
 
