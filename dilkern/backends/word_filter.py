@@ -83,9 +83,8 @@ def expected_words(
         acc = torch.promote_types(hidden.dtype, torch.float32)
         mean = hidden.index_select(0, rows).mean(0, dtype=acc, keepdim=True).to(hidden.dtype)
         score, bias = mean.new_empty(head.vocab_size, dtype=acc), head.bias()
-        for start, end in blocks.words(
-            head.vocab_size
-        ):  # kept apart, results would hold up the heap
+        # Results of one tensor each would hold up the heap between widened blocks.
+        for start, end in blocks.words(head.vocab_size):
             weight = weight_block(head, start, end, hidden.dtype)
             score[start:end] = matmul(mean, weight.t(), acc).squeeze(0)
         if bias is not None:

@@ -55,7 +55,7 @@ def _not_finite(run: Run) -> Finding | None:
         names = [
             name
             for name, value in entry.items()
-            # fp16 looks for its scale by steps that it leaves out, with a norm of infinity.
+            # fp16 looks for its scale by steps that it leaves out, with a norm of infinity or NaN.
             if isinstance(value, float) and not math.isfinite(value) and name != "grad_norm"
         ]
         if names:

@@ -181,7 +181,8 @@ class Parser(TrlParser):  # type: ignore[misc]
         import yaml
 
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            text = path.read_text(encoding="utf-8")
+            values, node = yaml.safe_load(text) or {}, yaml.compose(text, yaml.SafeLoader)
         except (OSError, ValueError, yaml.YAMLError) as error:
             reject("--config must be a YAML file", f"{path}: {error}", "Check path and text.")
         if not isinstance(values, dict):
@@ -190,6 +191,9 @@ class Parser(TrlParser):  # type: ignore[misc]
                 f"{path}, a {type(values).__name__}",
                 "Write lines such as `lora_r: 8`.",
             )
+        names = [key.value for key, _ in node.value] if values else []
+        if twice := {name for name in names if names.count(name) > 1}:
+            reject("--config names an option once", f"{path}: {min(twice)!r} twice", "Drop one.")
         env = values.pop("env", None) or {}
         if not isinstance(env, dict):
             reject(

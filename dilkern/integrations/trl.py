@@ -190,7 +190,6 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
     model: Any
     _signature_columns: Any
     _tag_names: Any = ["trl", "dil", "dilkern"]  # noqa: RUF012
-    _name = "DIL"
 
     def __init__(
         self, model: Any, ref_model: Any = None, args: DILConfig | None = None, **kwargs: Any

@@ -39,13 +39,10 @@ FILES = {  # of every step at tiny size; beside them a log
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a pack holds beside wheels: a model's shape and its tokenizer, and pairs."""
-    import transformers
-
-    folder, tokenizer = tmp_path_factory.mktemp("pack"), tiny_models.tokenizer()
-    shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64}
-    shape |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-    transformers.LlamaConfig(**shape).save_pretrained(folder / "cache" / "smollm2")
-    tokenizer.save_pretrained(folder / "cache" / "smollm2")
+    folder = tmp_path_factory.mktemp("pack")
+    tiny_models.save(folder / "cache" / "smollm2")
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
     (folder / HH.name).write_text("\n".join(map(json.dumps, tiny_models.pairs(8))))
     return folder
 

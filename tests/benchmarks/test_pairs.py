@@ -20,15 +20,7 @@ EXACT = [name for name in pairs.VARIANTS if "filter" not in name]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model of random weights, its tokenizer, and pairs."""
-    import transformers
-
-    folder, tokenizer = tmp_path_factory.mktemp("model"), tiny_models.tokenizer()
-    torch.manual_seed(0)
-    shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64}
-    shape |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.LlamaConfig(**shape, tie_word_embeddings=True)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder = Path(tiny_models.save(tmp_path_factory.mktemp("model")))
     rows = map(json.dumps, tiny_models.pairs(12))
     (folder / "pairs.jsonl").write_text("\n".join(rows))
     return folder

@@ -12,7 +12,7 @@ import tiny_models
 import torch
 import typer
 
-from benchmarks import study
+from benchmarks import study, study_plan
 from benchmarks.environment import describe
 from dilkern import LOSSES
 
@@ -20,22 +20,14 @@ pytest.importorskip("trl")
 
 
 @pytest.fixture(scope="module")
-def setup(tmp_path_factory: pytest.TempPathFactory) -> study.Setup:
+def setup(tmp_path_factory: pytest.TempPathFactory) -> study_plan.Setup:
     """A model of random weights and 12 pairs, in files."""
-    import transformers
-
-    folder, tokenizer = tmp_path_factory.mktemp("model"), tiny_models.tokenizer()
-    torch.manual_seed(0)
-    shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64}
-    shape |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.LlamaConfig(**shape, tie_word_embeddings=True)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder = Path(tiny_models.save(tmp_path_factory.mktemp("model")))
     data = folder / "pairs.jsonl"
     data.write_text("\n".join(map(json.dumps, tiny_models.pairs(12))))
     sizes = {"pairs": 4, "batch": 2, "validation": 3, "test": 3, "texts": 2, "prompts": 2}
     lengths = {"max_length": 200, "text_length": 200, "answer": 4}
-    return study.Setup(str(folder), str(data), str(data), lora_r=4, **sizes, **lengths)
+    return study_plan.Setup(str(folder), str(data), str(data), lora_r=4, **sizes, **lengths)
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +37,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.mark.filterwarnings("ignore")
 def test_grid_choice_finals_and_tables(
-    setup: study.Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setup: study_plan.Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     methods = ["lsif", "sft", "kto"]
-    monkeypatch.setattr(study, "RATES", (0.01, 0.1))
-    monkeypatch.setattr(study, "TWO_RATES", (0.1,))
-    work = study.Study(setup, tmp_path / "r", methods, seeds=1)
+    monkeypatch.setattr(study_plan, "RATES", (0.01, 0.1))
+    monkeypatch.setattr(study_plan, "TWO_RATES", (0.1,))
+    work = study_plan.Study(setup, tmp_path / "r", methods, seeds=1)
     where = {"environment": describe(torch.device("cpu"))}
 
     def do(*given: Any) -> dict[str, Any]:
@@ -61,7 +53,7 @@ def test_grid_choice_finals_and_tables(
     for method in methods:
         (final,) = work.finals(method)
         grid = work.grid(method)
-        best = min(grid, key=lambda run: study.criterion(method, run))
+        best = min(grid, key=lambda run: study_plan.criterion(method, run))
         assert final["options"] == best["options"] and final["seed"] == 1
         assert [len(run["change"]) for run in (*grid, final)] == [3, 3, 3]
         assert final["kl"] > 0 and len(final["lengths"]) == 2
@@ -78,7 +70,7 @@ def test_grid_choice_finals_and_tables(
     assert "(r/price.png)" in page.read_text() and text.strip() in page.read_text()
     # Again: nothing is done. A file that is gone: only that run, to the same figures.
     work.work(lambda *_: pytest.fail("done twice"))
-    gone = work.path(study.Run("lsif", "final", 1))
+    gone = work.path(study_plan.Run("lsif", "final", 1))
     before = json.loads(gone.read_text())
     gone.unlink()
     assert "8 of 9 runs are finished**; runs are missing of: DIL, LSIF" in study.report(work)
@@ -88,34 +80,36 @@ def test_grid_choice_finals_and_tables(
     with pytest.raises(ValueError, match="same pairs"):
         work.check_drawn("other")
     with pytest.raises(ValueError, match="--out"):
-        study.Study(study.Setup(pairs=1), work.folder, ["lsif"], 1)
+        study_plan.Study(study_plan.Setup(pairs=1), work.folder, ["lsif"], 1)
 
 
-def test_a_run_in_other_hands_is_left_to_them(setup: study.Setup, tmp_path: Path) -> None:
-    work, done = study.Study(setup, tmp_path / "r", ["lsif"], seeds=2), []
+def test_a_run_in_other_hands_is_left_to_them(setup: study_plan.Setup, tmp_path: Path) -> None:
+    work, done = study_plan.Study(setup, tmp_path / "r", ["lsif"], seeds=2), []
 
-    def do(unused: study.Study, run: study.Run, options: dict[str, Any]) -> dict[str, Any]:
+    def do(
+        unused: study_plan.Study, run: study_plan.Run, options: dict[str, Any]
+    ) -> dict[str, Any]:
         done.append(run.name)
         known = {"loss": "lsif", "options": options, "nll": 1.0, "drawn": "a"}
         return known | {"change": [[run.number + 1.0, 0.0, 2, 2], [-1.0, 0.0, 2, 2]]}
 
-    taken = study.Run("lsif", "grid", 1)
-    with study.claimed(f"r-{taken.name}") as mine:
+    taken = study_plan.Run("lsif", "grid", 1)
+    with study_plan.claimed(f"r-{taken.name}") as mine:
         assert mine
         left = work.work(do)
     assert done == ["lsif-grid-0", "lsif-grid-2", "lsif-grid-3"]
     assert [run.name for run in left] == [taken.name, "lsif-final-1", "lsif-final-2"]
     assert work.work(do) == []
     assert done[3:] == [run.name for run in left]
-    assert work.finals("lsif")[0]["options"] == study.METHODS["lsif"].points()[3]
+    assert work.finals("lsif")[0]["options"] == study_plan.METHODS["lsif"].points()[3]
 
 
 def test_every_method_has_as_many_settings_and_its_options_exist() -> None:
     from dilkern.integrations.trl import DILConfig
 
-    assert set(study.DIL) <= set(study.METHODS)
-    for method in study.METHODS.values():
-        assert len(method.points()) == len(study.RATES) and method.loss in LOSSES
+    assert set(study_plan.DIL) <= set(study_plan.METHODS)
+    for method in study_plan.METHODS.values():
+        assert len(method.points()) == len(study_plan.RATES) and method.loss in LOSSES
         for point in method.points():
             config = DILConfig("out", loss_type=method.loss, use_cpu=True, **point)
             objective = config.objective()
@@ -123,14 +117,14 @@ def test_every_method_has_as_many_settings_and_its_options_exist() -> None:
             if method.knob:
                 known = {"beta": objective.beta, **objective.params}
                 assert known[method.knob] in method.values
-    assert study.METHODS["bpo"].points()[0]["pairing"] == "pairwise"
+    assert study_plan.METHODS["bpo"].points()[0]["pairing"] == "pairwise"
 
 
 def test_the_criterion_does_not_know_the_size_of_margins() -> None:
     torch.manual_seed(0)
     margins = torch.randn(50, dtype=torch.float64) + 0.7
-    found = study.log_loss(margins)
-    assert found == pytest.approx(study.log_loss(1000 * margins), abs=1e-12)
+    found = study_plan.log_loss(margins)
+    assert found == pytest.approx(study_plan.log_loss(1000 * margins), abs=1e-12)
     scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
     descent = torch.optim.LBFGS([scale], max_iter=100, tolerance_grad=1e-10)
 
@@ -142,15 +136,15 @@ def test_the_criterion_does_not_know_the_size_of_margins() -> None:
 
     descent.step(loss)
     assert found == pytest.approx(loss().item(), abs=1e-5) and found < math.log(2)
-    assert study.log_loss(-margins) == study.log_loss(0 * margins) == math.log(2)
+    assert study_plan.log_loss(-margins) == study_plan.log_loss(0 * margins) == math.log(2)
 
 
 def test_figures_are_those_of_the_pairs() -> None:
     run = {"nll": 1.0, "change": [[-2.0, -1.5, 4, 1], [1.0, -1.0, 2, 2]]}
-    found = study.figures("lsif", run)
+    found = study_plan.figures("lsif", run)
     assert found["chosen"] == 0.0 and found["rejected"] == -1.0 and found["margin"] == 1.0
     assert found["accuracy"] == found["accuracy_per_token"] == 1.0
-    assert found["accuracy_sum"] == study.figures("dpo", run)["accuracy"] == 0.5
+    assert found["accuracy_sum"] == study_plan.figures("dpo", run)["accuracy"] == 0.5
 
 
 def test_an_unknown_method_is_named() -> None:
