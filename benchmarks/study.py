@@ -293,8 +293,8 @@ def run_missing(
     text_length: Annotated[int, typer.Option(help="longest of them")] = Setup.text_length,
     prompts: Annotated[int, typer.Option(help="to sample answers to")] = Setup.prompts,
     answer: Annotated[int, typer.Option(help="tokens of a sampled answer")] = Setup.answer,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="of the model")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = Setup.device,
+    dtype: Annotated[str, typer.Option(help="of the model")] = Setup.dtype,
     out: Annotated[Path | None, typer.Option(help="folder of the result files")] = None,
 ) -> None:
     """Do the runs that are missing, then draw. Exit status 75: others have the rest in hand."""

@@ -97,9 +97,9 @@ class Setup:
     model: str = "smollm2"  # or a folder with a model and its tokenizer
     data: str = str(HH)
     other: str = str(HH.with_name("preferences_en_300.jsonl"))
-    pairs: int = 128  # to train on, one epoch
+    pairs: int = 256  # to train on, one epoch
     batch: int = 4  # pairs per step
-    validation: int = 96
+    validation: int = 104
     test: int = 192
     max_length: int = 128  # of a sequence drawn from `data`, tokens
     texts: int = 16  # of the other kind
@@ -108,7 +108,7 @@ class Setup:
     answer: int = 128  # tokens of a sampled answer
     lora_r: int = 16
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: str = "bfloat16"
 
     @property
     def key(self) -> str:
