@@ -39,6 +39,8 @@ from dilkern.losses import LOSSES
 app = typer.Typer(add_completion=False, help="The paper's comparison in small.")
 
 MARKERS = ("<!-- study:begin -->", "<!-- study:end -->")
+# What peft's "all-linear" finds in Llama and its like; of some layers it wants them by name.
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 UNFINISHED = 75  # exit status: runs are left, in the hands of other processes
 
 # Data and reference
@@ -100,13 +102,20 @@ def make_trainer(
     set_seed(args.seed)  # the adapter's weights
     folder = drawing.Setup(setup.model).folder
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, setup.dtype))
+    depth = model.config.num_hidden_layers
+    first = max(0, depth - setup.lora_layers) if setup.lora_layers else 0
     trainer = DILTrainer(
         model=model.to(setup.device),
         args=args,
         processing_class=AutoTokenizer.from_pretrained(folder),
         train_dataset=Dataset.from_list(splits["train"]),
         eval_dataset={name: Dataset.from_list(splits[name]) for name in evals},
-        peft_config=LoraConfig(r=setup.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=setup.lora_r,
+            target_modules=list(LINEAR),
+            layers_to_transform=list(range(first, depth)),
+            task_type="CAUSAL_LM",
+        ),
     )
     trainer.remove_callback(PrinterCallback)
     for name, data in [("train", trainer.train_dataset), *trainer.eval_dataset.items()]:
@@ -293,6 +302,7 @@ def run_missing(
     text_length: Annotated[int, typer.Option(help="longest of them")] = Setup.text_length,
     prompts: Annotated[int, typer.Option(help="to sample answers to")] = Setup.prompts,
     answer: Annotated[int, typer.Option(help="tokens of a sampled answer")] = Setup.answer,
+    lora_layers: Annotated[int, typer.Option(help="the last ones; 0: all")] = Setup.lora_layers,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = Setup.device,
     dtype: Annotated[str, typer.Option(help="of the model")] = Setup.dtype,
     out: Annotated[Path | None, typer.Option(help="folder of the result files")] = None,

@@ -107,6 +107,7 @@ class Setup:
     prompts: int = 24  # to sample answers to
     answer: int = 128  # tokens of a sampled answer
     lora_r: int = 16
+    lora_layers: int = 10  # the last ones: backward stops there; 0: all
     device: str = "cpu"
     dtype: str = "bfloat16"
 
