@@ -124,11 +124,13 @@ def report(study: Study) -> str:
         return text[0] + "\n"
     where = next(found for run in runs if (found := study.read(run)))["environment"]
     setup = study.setup
+    layers = f"the last {setup.lora_layers} layers" if setup.lora_layers else "all layers"
     text.append(
         f"{where['cpu'] if setup.device == 'cpu' else where['gpu']}, {setup.dtype}; torch "
         f"{where['versions']['torch']}; first run {where['time'][:10]} at commit {where['commit']}. "
         f"{setup.pairs} training pairs in steps of {setup.batch}, {setup.validation} validation "
-        f"pairs, {setup.test} test pairs of at most {setup.max_length} tokens."
+        f"pairs, {setup.test} test pairs of at most {setup.max_length} tokens; LoRA of rank "
+        f"{setup.lora_r} on {layers}."
     )
     if any(study.finals(method) for method in study.methods):
         shown = next(found for m in study.methods for found in study.finals(m))
