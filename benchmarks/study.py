@@ -4,10 +4,10 @@ One model, one set of human preference pairs, LoRA, every method of the paper's 
 has the same number of settings; the one that is best on validation pairs is trained anew with other
 seeds and looked at on test pairs. docs/study.md says what is measured and how settings are chosen.
 
-A run is one small file, written when it is finished; what is there is not done again. Several
-processes may work on one study: a run that another one has in hand is left to it. Whatever is drawn
-is drawn from the files, and says which are missing. The reference's log-probs are computed once, kept
-in the cache ($DILKERN_CACHE), and given to every run as columns of its data.
+benchmarks/study_plan.py says what is done and keeps its files; benchmarks/study_report.py draws what
+these files hold, and says which are missing. Here is one run, and the commands. The reference's
+log-probs are computed once, kept in the cache ($DILKERN_CACHE), and given to every run as columns of
+its data.
 """
 
 from __future__ import annotations
@@ -309,9 +309,7 @@ def run_missing(
 ) -> None:
     """Do the runs that are missing, then draw. Exit status 75: others have the rest in hand."""
     given = locals()
-    setup = Setup(
-        lora_r=Setup.lora_r, **{f.name: given[f.name] for f in fields(Setup) if f.name in given}
-    )
+    setup = Setup(**{f.name: given[f.name] for f in fields(Setup) if f.name in given})
     folder = out or RESULTS / "study" / f"{Path(model).name}-{device}-{setup.key}"
     study = Study(setup, folder, parse_methods(methods), seeds)
     where = describe(torch.device(device))  # now: the checkout may change under a long call

@@ -217,6 +217,7 @@ def draw_price(study: Study, path: Path) -> None:
                 axis.plot([f[name] for f in seen], [f["accuracy"] for f in seen], **style(method))
         axis.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
         axis.set_xlabel(label)
+    line[0].set_xscale("log")
     line[0].set_ylabel("accuracy of the implicit reward (test; a line joins seeds)")
     if any(study.finals(method) for method in study.methods):
         line[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

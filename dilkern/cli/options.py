@@ -191,7 +191,7 @@ class Parser(TrlParser):  # type: ignore[misc]
                 f"{path}, a {type(values).__name__}",
                 "Write lines such as `lora_r: 8`.",
             )
-        names = [key.value for key, _ in node.value] if values else []
+        names = [str(key.value).replace("-", "_") for key, _ in node.value] if values else []
         if twice := {name for name in names if names.count(name) > 1}:
             reject("--config names an option once", f"{path}: {min(twice)!r} twice", "Drop one.")
         env = values.pop("env", None) or {}

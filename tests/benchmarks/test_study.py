@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,17 @@ def test_the_criterion_does_not_know_the_size_of_margins() -> None:
     descent.step(loss)
     assert found == pytest.approx(loss().item(), abs=1e-5) and found < math.log(2)
     assert study_plan.log_loss(-margins) == study_plan.log_loss(0 * margins) == math.log(2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("layers", "adapted"), [(0, {0, 1}), (1, {1}), (10, {0, 1})])
+def test_so_many_of_the_last_layers_are_adapted(
+    setup: study_plan.Setup, tmp_path: Path, layers: int, adapted: set[int]
+) -> None:
+    given = replace(setup, lora_layers=layers)
+    trainer = study.make_trainer(given, study.draw_data(given), (), str(tmp_path))
+    trained = [name for name, weight in trainer.model.named_parameters() if weight.requires_grad]
+    assert {int(name.split(".layers.")[1].split(".")[0]) for name in trained} == adapted
 
 
 def test_figures_are_those_of_the_pairs() -> None:

@@ -131,6 +131,7 @@ def test_yaml_is_read_as_flags_are(tmp_path):
     for text, message in (
         ("modell: x", r"run.yaml: every option .* 'modell'. Rename it to 'model'"),
         ("model: x\nlora_r: 8\nlora_r: 9", r"names an option once; received .*'lora_r' twice"),
+        ("model: x\nlora_r: 8\nlora-r: 9", r"names an option once; received .*'lora_r' twice"),
         ("loer_r:", r"run.yaml: every option .* 'loer_r'. Rename it to 'lora_r'"),
         ("lora_r:", "'lora_r' must have a value"),
         ("lora_r: many", "invalid int value: 'many'"),
