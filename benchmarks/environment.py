@@ -185,3 +185,17 @@ def markdown(header: str, rows: Iterable[Sequence[object]]) -> str:
     text = ["".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in lines]
     text.insert(1, "|" + "---|" * len(names))
     return "\n".join(text) + "\n"
+
+
+def insert(text: str, block: str, markers: tuple[str, str]) -> str:
+    """Put `block` between the markers of `text`.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    begin, end = markers
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    if text.count(begin) != 1 or text.count(end) != 1 or end in before:
+        raise ValueError(f"the file needs one {begin} and after it one {end}")
+    return f"{before}{begin}\n{block.strip()}\n{end}{after}"

@@ -27,8 +27,8 @@ from torch import Tensor
 from benchmarks.cases import SEED
 from benchmarks.environment import beside, default_stem, describe, markdown
 from benchmarks.peers import DropFilter
+from benchmarks.pictures import on_any_page, panels
 from benchmarks.real_models import HH, SOURCES, appearing, cache, model_folder, read_pairs
-from benchmarks.report import on_any_page, panels
 from dilkern import LOSSES, linear_logps, preference_loss, preference_metrics
 from dilkern.validation import reject
 

@@ -34,7 +34,8 @@ from benchmarks import measure
 from benchmarks.cases import SEED
 from benchmarks.environment import append_rows, begin, beside, default_stem, read_rows
 from benchmarks.real_models import HH, SOURCES, model_folder, read_pairs
-from benchmarks.report import draw_file, pairs_table
+from benchmarks.report import draw_file
+from benchmarks.tables import pairs_table
 from benchmarks.train_step import MODELS, config_of, quantise, random_model
 from dilkern.integrations.data import IGNORE_INDEX
 from dilkern.validation import reject

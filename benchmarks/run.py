@@ -22,7 +22,7 @@ from benchmarks.cases import CASE_SETS, Case
 from benchmarks.environment import append_rows, begin, beside, default_stem, read_rows
 from benchmarks.measure import Plan, failure, measure_group, problem
 from benchmarks.peers import Peer, select
-from benchmarks.report import table
+from benchmarks.tables import table
 
 UNFINISHED = 75
 

@@ -29,9 +29,8 @@ import typer
 from torch import Tensor
 
 from benchmarks import pairs as drawing
-from benchmarks.environment import RESULTS, describe
+from benchmarks.environment import RESULTS, describe, insert
 from benchmarks.real_models import SOURCES, appearing, cache
-from benchmarks.report import insert
 from benchmarks.study_plan import METHODS, Run, Setup, Study, claimed, figures
 from benchmarks.study_report import draw_all, report
 from dilkern.losses import LOSSES

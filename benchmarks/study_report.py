@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import markdown
-from benchmarks.report import GREY, on_any_page, panels
+from benchmarks.pictures import GREY, on_any_page, panels
 from benchmarks.study_plan import DIL, METHODS, Study, columns, figures
 
 

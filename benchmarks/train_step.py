@@ -34,7 +34,7 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks.cases import SEED, build_layer, label_logps
 from benchmarks.environment import append_rows, begin, beside, default_stem, read_rows
-from benchmarks.report import steps_table
+from benchmarks.tables import steps_table
 from benchmarks.truth import BETA, FP32, refusal, relative
 
 METHODS = ("naive", "trl", "dilkern")

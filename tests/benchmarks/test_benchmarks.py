@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import environment, real_models, report, run, train_step
+from benchmarks import environment, real_models, report, run, tables, train_step
 from benchmarks.cases import CASE_SETS, HEADS, MODES, Case, Inputs, make_inputs
 from benchmarks.environment import append_rows, read_rows
 from benchmarks.measure import Plan, Timing, Worker, WorkerFailed, interleave, measure_group, spread
@@ -364,21 +364,21 @@ def test_committed_results_are_still_drawn(tmp_path: Path) -> None:
         "2026-11-21-f1e32fe3f-steps",
         "2026-11-21-578ffc261-scaling",
     ):
-        text = report.text_of(results / f"{stem}.csv", read_rows(results / f"{stem}.csv"))
+        text = tables.text_of(results / f"{stem}.csv", read_rows(results / f"{stem}.csv"))
         assert text.split() == (results / f"{stem}.md").read_text().split(), stem
     claim = results / "2026-11-21-f1e32fe3f-claim.json"
-    assert "| dilkern-torch |" in report.text_of(claim, read_rows(claim))
+    assert "| dilkern-torch |" in tables.text_of(claim, read_rows(claim))
 
 
 def test_scaling_fits_exponents(tmp_path: Path) -> None:
-    assert report.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert tables.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
     rows = []
     for case in CASE_SETS["scaling"].cases:
         row = asdict(case) | {"case": case.key, "peer": "naive", "status": "ok"}
         row |= {"gemm_multiple_min": 2.0, "total_ms_min": row[case.head.split("-")[1]] ** 1.5}
         rows.append(row | {"peak_mib": 7.0, "total_ms": 3, "total_ms_p20": 2, "total_ms_p80": 4})
     append_rows(tmp_path / "s.csv", rows)
-    found = report.fits(read_rows(tmp_path / "s.csv"))
+    found = tables.fits(read_rows(tmp_path / "s.csv"))
     assert [fit.axis for fit in found] == ["tokens", "vocab", "hidden", "workspace_mib"]
     for fit in found:
         assert fit.time == pytest.approx(1.5) and fit.memory == pytest.approx(0, abs=1e-9)
@@ -396,7 +396,7 @@ def test_one_training_step_three_ways() -> None:
     assert [row["method"] for row in rows] == list(train_step.METHODS)
     for row in rows:
         assert row["status"] == "ok" and row["tokens_per_s"] > 0, row
-    assert "| micro | dilkern |" in report.steps_table(rows)
+    assert "| micro | dilkern |" in tables.steps_table(rows)
 
 
 def test_a_training_step_with_a_wrong_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,7 +495,7 @@ def test_a_filtered_gradient_is_told_and_only_a_wrong_one_refused(
             assert 1e-6 < less[error] < more[error] < 1, error
         ours = rows["filter-18"]
         assert 0 < ours["loud"] < 1 and 1e-6 < ours["u_err_rms"] <= ours["error_bound"]
-        text = report.table([*rows.values(), refused])
+        text = tables.table([*rows.values(), refused])
         assert "loud words" in text and f"{rows['drop-12']['loud']:.1%}" in text
         assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
     append_rows(tmp_path / "f.csv", list(rows.values()))

@@ -17,7 +17,7 @@ import tiny_models
 import torch
 import typer
 
-from benchmarks import report, run
+from benchmarks import goals, report, run
 from benchmarks.cases import Case, case_of
 from benchmarks.environment import read_rows
 from benchmarks.real_models import HH
@@ -133,7 +133,7 @@ def test_every_command_line_is_one_that_its_program_takes(step: str, tiny_size: 
 def test_the_named_cases_exist() -> None:
     keys = {case.key for case in run.select_cases("gpu")}
     assert set(gpu.PROFILED) <= keys and set(blocks.GPU_CASES.split(",")) <= keys
-    wanted = {(width, 8192) for width in report.WIDTHS}
+    wanted = {(width, 8192) for width in goals.WIDTHS}
     assert wanted <= {(case.hidden, case.tokens) for case in run.select_cases("gpu")}
 
 
@@ -243,7 +243,7 @@ def row(case: Case, peer: str, **figures: Any) -> dict[str, Any]:
 
 
 def verdicts(rows: list[dict[str, Any]]) -> dict[tuple[str, str], bool | None]:
-    return {(v.goal, v.case): v.met for v in report.judge(rows)}
+    return {(v.goal, v.case): v.met for v in goals.judge(rows)}
 
 
 def test_goals_are_met_missed_or_not_measured() -> None:
@@ -251,12 +251,12 @@ def test_goals_are_met_missed_or_not_measured() -> None:
     small = case_of("qwen3-0.6b", 8192, dtype="bfloat16")
     short = case_of("qwen3-0.6b", 512, dtype="bfloat16")
     rows = [
-        row(big, report.OURS),
+        row(big, goals.OURS),
         row(big, "trl", total_ms=0.9),
         row(big, "liger-flce", status="OOM"),
-        row(small, report.OURS, gemm_multiple=2.9, peak_mib=5000),
+        row(small, goals.OURS, gemm_multiple=2.9, peak_mib=5000),
         row(small, "trl", total_ms=1.1),
-        row(short, report.OURS),
+        row(short, goals.OURS),
         row(short, "naive", total_ms=0.5),
     ]
     met = verdicts(rows)
@@ -270,9 +270,9 @@ def test_goals_are_met_missed_or_not_measured() -> None:
     assert met["not slower than liger-flce", big.key] is None
     assert met["T=512 not slower than naive", short.key] is False
     # An NF4 row does not answer for the dense goal.
-    packed = row(replace(big, kind="nf4"), report.OURS)
+    packed = row(replace(big, kind="nf4"), goals.OURS)
     assert verdicts([packed])[frozen, "D=4096"] is None
-    text = report.goals_table(list(report.judge(rows)))
+    text = goals.goals_table(list(goals.judge(rows)))
     assert "**missed**" in text and "not measured" in text
 
 
@@ -312,4 +312,4 @@ def test_the_goals_of_the_filter_and_of_pairs_are_judged_on_what_is_good_enough(
         shared | {"variant": variant, "pairs_per_s": speed, "peak_mib": mib}
         for variant, speed, mib in (("trl", 1, 900), ("trl-logits", 2, 1000), ("shared", 5, 600))
     ]
-    assert [(v.found, v.met) for v in report.judge(found)][:2] == [("2.50", True), ("0.60", False)]
+    assert [(v.found, v.met) for v in goals.judge(found)][:2] == [("2.50", True), ("0.60", False)]

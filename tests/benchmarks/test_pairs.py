@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 import torch
 
-from benchmarks import filter_training, pairs, report
+from benchmarks import filter_training, pairs, report, tables
 from benchmarks.environment import read_rows
 from benchmarks.measure import Plan
 
@@ -45,7 +45,7 @@ def test_all_trainers_take_the_same_steps(model: Path, tmp_path: Path) -> None:
     assert tokens["padding-free"] > tokens["shared"] == 2 * tokens["shared+precomputed"]
     pairs.append_rows(tmp_path / "r.csv", rows)
     text, picture, sharing = report.draw_file(tmp_path / "r.csv")
-    best = report.best_of_trl(rows)
+    best = tables.best_of_trl(rows)
     assert f"({found['shared']['pairs_per_s'] / best['pairs_per_s']:.2f} x)" in text.read_text()
     assert picture.stat().st_size > 0 and sharing.stat().st_size > 0
     assert [row["variant"] for row in read_rows(tmp_path / "r.csv")] == EXACT
@@ -60,7 +60,7 @@ def test_another_loss_is_refused_and_trl_has_no_lsif(
     rows = pairs.measure_setup(setup(model, loss="lsif"), names, Plan(1), remote=False)
     assert [row["status"] for row in rows] == ["unsupported", "ok", "ok", "refused"], rows
     assert "LSIF" in rows[0]["reason"] and "losses differ" in rows[3]["reason"]
-    text = report.pairs_table(rows)
+    text = tables.pairs_table(rows)
     assert "| other | refused: losses differ" in text and "(1.00 x)" in text
 
 

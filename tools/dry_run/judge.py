@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import triton
 
-from benchmarks.environment import RESULTS, ROOT, markdown, read_rows, write_rows
-from benchmarks.report import insert
+from benchmarks.environment import RESULTS, ROOT, insert, markdown, read_rows, write_rows
 from tools.dry_run.capture import ARCHITECTURES, Seen
 from tools.dry_run.read import Compiled
 
