@@ -20,6 +20,7 @@ from transformers.utils.generic import ModelOutput
 
 from dilkern.integrations.attention import teach_packed_rows
 from dilkern.integrations.data import IGNORE_INDEX, REFERENCE, model_inputs
+from dilkern.integrations.heads import check_adapter, is_tied
 from dilkern.integrations.metrics import LoggedOutputs
 from dilkern.integrations.packing import check_packing
 from dilkern.integrations.rows import PackedRow, pack
@@ -355,6 +356,8 @@ class PreferenceMixin:
             preference if isinstance(preference, Objective) else Objective(**(preference or {}))
         )
         self.ref_model, self.answers = ref_model, answers
+        if is_tied(self.model):
+            check_adapter(self.model)
         for model in (self.model, ref_model):
             if model is not None:
                 install_head(model)

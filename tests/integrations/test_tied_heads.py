@@ -5,12 +5,12 @@ import logging
 import pytest
 import tiny_models as tiny
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from training_runs import four_bit, lora, losses
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from dilkern.integrations.heads import untie_lm_head
-from dilkern.integrations.transformers import keep_trainable
+from dilkern.integrations.transformers import PreferenceMixin, keep_trainable
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,18 @@ def test_an_adapter_on_one_of_two_tied_layers_is_refused(quick, tied, layer):
     init = {"peft_config": on_the_head(target_modules=["q_proj", layer])}
     with pytest.raises(ValueError, match=r"another model than the one trained.*untie_lm_head"):
         quick(tied, init=init)
+
+
+class PlainTrainer(PreferenceMixin, Trainer):
+    pass
+
+
+def test_a_trainer_of_transformers_refuses_it_too(tied, tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, remove_unused_columns=False)
+    with pytest.raises(ValueError, match=r"an adapter on the lm_head of a model with tied"):
+        PlainTrainer(get_peft_model(load(tied), on_the_head()), args)
+    on_others = get_peft_model(load(tied), on_the_head(target_modules=["q_proj"]))
+    assert PlainTrainer(on_others, args).objective.loss.name == "lsif"
 
 
 def test_so_is_one_on_the_4_bit_copy_for_the_base_is_tied_when_it_is_merged(quick, tied):
