@@ -1,8 +1,8 @@
 """`DILTrainer`: TRL's `DPOTrainer` with every loss of the registry, never holding the logits.
 
 Replaced are the parent's scoring of policy and reference and its loss, and what hangs on them: checks
-of data and options, what an adapter file holds. Data preparation, PEFT, quantisation, evaluation,
-checkpoints and logging stay TRL's.
+of data and options (trl_checks.py), what an adapter file holds. Data preparation, PEFT, quantisation,
+evaluation, checkpoints and logging stay TRL's.
 
 S sequences, P pairs, L positions.
 """
@@ -33,7 +33,6 @@ from dilkern.integrations.card import model_card
 from dilkern.integrations.collators import (
     UnpairedCollator,
     UnpairedVisionCollator,
-    kept,
     mismatched,
 )
 from dilkern.integrations.data import (
@@ -57,10 +56,17 @@ from dilkern.integrations.transformers import (
     install_head,
     labels_of,
 )
+from dilkern.integrations.trl_checks import (
+    brings_reference,
+    check_cutting,
+    check_run,
+    check_tokens,
+    has_images,
+    is_unpaired,
+)
 from dilkern.integrations.trl_config import DILConfig
 from dilkern.lm_head import as_head, weights_come_later
 from dilkern.lm_head.modules import unwrap
-from dilkern.losses import Loss
 from dilkern.output import PreferenceLossOutput, joined
 from dilkern.preference import Counts, loss_from_token_logps
 from dilkern.validation import reject
@@ -106,15 +112,6 @@ def _source(args: Any) -> dict[str, Any]:
     """Return which files of a model to take, for what is loaded beside its weights."""
     init = args.model_init_kwargs or {}
     return {"revision": init.get("revision"), "trust_remote_code": args.trust_remote_code}
-
-
-def _is_unpaired(dataset: Any) -> bool:
-    columns = next(iter(dataset))
-    return {"label", "completion"} <= set(columns) or "completion_ids" in columns
-
-
-def _has_images(dataset: Any) -> bool:
-    return not {"image", "images"}.isdisjoint(next(iter(dataset)))
 
 
 def _say(line: str | None, args: Any) -> None:
@@ -212,17 +209,26 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         ]:
             if data is None or next(iter(data), None) is None:
                 reject(f"`{name}` must have at least one row", "none", "Pass preference data.")
-            if _has_images(data):  # which the parent hands to the collator without a look
+            if has_images(data):  # which the parent hands to the collator without a look
                 equal, rows = check_completions(data, name)
                 _say(check_differences(equal, rows, name), args)
         # Before the parent's __init__, which may call `compute_ref_log_probs`.
         self._objective = args.objective()
         entry = self._objective.loss
         self._tag_names = [*type(self)._tag_names, entry.name]
-        self._unpaired = _is_unpaired(dataset)
-        brings_reference = not self._unpaired and "ref_chosen_logps" in next(iter(dataset))
-        self._needs_reference = entry.reference and not args.reference_free and not brings_reference
-        self._check(entry, args, ref_model, brings_reference, kwargs)
+        self._unpaired = is_unpaired(dataset)
+        self._needs_reference = (
+            entry.reference and not args.reference_free and not brings_reference(dataset)
+        )
+        check_run(
+            entry,
+            args,
+            train=dataset,
+            evals=_evals(kwargs),
+            needs_reference=self._needs_reference,
+            ref_model=ref_model,
+            peft_config=kwargs.get("peft_config"),
+        )
         init: Any = args.model_init_kwargs
         # Answers that share a row's prompt; 0 for the padded batch.
         self._answers = 2 if args.shared_prompts else int(args.padding_free)
@@ -264,7 +270,10 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         if not self._needs_reference:
             self.ref_model = None
         if args.max_tokens_per_batch is not None:
-            self._check_cutting()
+            check_cutting(
+                self.is_deepspeed_enabled or self.is_fsdp_enabled,
+                getattr(self, "aux_loss_enabled", False),
+            )
         if self._unpaired and kwargs.get("data_collator") is None:
             self.data_collator = UnpairedCollator(self.data_collator)
             if self._is_vision_dataset:
@@ -306,115 +315,6 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         if kwargs.get("processing_class") is None:
             kwargs["processing_class"] = AutoProcessor.from_pretrained(name, **_source(args))
         return create_model_from_path(name, **init)
-
-    def _check(
-        self,
-        entry: Loss,
-        args: DILConfig,
-        ref_model: Any,
-        brings_reference: bool,
-        kwargs: dict[str, Any],
-    ) -> None:
-        if ref_model is not None and not self._needs_reference:
-            why = (
-                "the dataset brings ref_chosen_logps"
-                if brings_reference
-                else f"loss {entry.name!r} uses none"
-            )
-            reject("`ref_model` must be left out", f"a ref_model, but {why}", "Drop one of them.")
-        images = _has_images(kwargs["train_dataset"])
-        for clash, what in (
-            (args.precompute_ref_log_probs, "precompute_ref_log_probs=True"),
-            (entry.baseline, f"loss {entry.name!r}, which scores pairs that change with the batch"),
-            (images, "images, whose collator drops them"),
-        ):
-            if brings_reference and clash:
-                reject(
-                    "reference log-probs come with text alone, for a reference of fixed pairs",
-                    f"columns ref_chosen_logps, and {what}",
-                    "Remove these columns, or leave out the other.",
-                )
-        if self._unpaired and (args.pairing or entry.pairing) == "pairwise":
-            reject(
-                f"loss {entry.name!r} with pairwise pairing needs pairs",
-                "an unpaired dataset (prompt, completion, label)",
-                "Use prompt, chosen and rejected, or a pointwise loss such as 'lsif'.",
-            )
-        if self._unpaired and args.precompute_ref_log_probs:
-            reject(
-                "precompute_ref_log_probs needs a paired dataset",
-                "an unpaired dataset (prompt, completion, label)",
-                "Set precompute_ref_log_probs=False.",
-            )
-        whole = getattr(kwargs.get("peft_config"), "modules_to_save", None) or ()
-        if args.quantize_lm_head and "lm_head" in whole:
-            reject(
-                "an lm_head in 4 bits cannot be trained whole",
-                "quantize_lm_head=True and modules_to_save=['lm_head']",
-                "Drop one of them; an untied lm_head may go into target_modules.",
-            )
-        if (args.padding_free or args.shared_prompts) and images:
-            reject(
-                "padding_free and shared_prompts take text alone",
-                "a train_dataset with images",
-                "Set padding_free=False and shared_prompts=False.",
-            )
-        if args.shared_prompts and self._unpaired:
-            reject(
-                "shared_prompts needs pairs, whose two answers have one prompt",
-                "an unpaired dataset (prompt, completion, label)",
-                "Set padding_free=True instead.",
-            )
-        if args.sampling == "group_by_length" and (self._unpaired or images):
-            reject(
-                "'group_by_length' takes pairs of text: how many are chosen in an unpaired batch, "
-                "and so its loss, would follow their lengths; those of images are not known",
-                "an unpaired dataset" if self._unpaired else "a train_dataset with images",
-                "Use train_sampling_strategy='random'.",
-            )
-        for dataset in _evals(kwargs):
-            if brings_reference != ("ref_chosen_logps" in next(iter(dataset))):
-                reject(
-                    "train and eval dataset must both bring reference log-probs, or neither",
-                    f"ref_chosen_logps in the {'train' if brings_reference else 'eval'} dataset alone",
-                    "Add the columns to the other one, or drop them.",
-                )
-            if _is_unpaired(dataset) != self._unpaired:
-                reject(
-                    "train and eval dataset must both be paired or both unpaired",
-                    "one of each",
-                    "Convert one of them.",
-                )
-        if entry.baseline:
-            for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-                if getattr(args, name) < 2 and ("train" in name or _evals(kwargs)):
-                    reject(
-                        f"loss {entry.name!r} needs batches of at least 2 examples, to mismatch them",
-                        f"{name}={getattr(args, name)}",
-                        "Raise it; gradient_accumulation_steps may go down for it.",
-                    )
-
-    def _check_cutting(self) -> None:
-        """Rules on `max_tokens_per_batch` that the parent's setup decides."""
-        for clash, rule, what in (
-            (
-                self.is_deepspeed_enabled or self.is_fsdp_enabled,
-                "max_tokens_per_batch gives each rank as many forwards as its pairs need",
-                "DeepSpeed or FSDP, whose ranks go through the layers together",
-            ),
-            (
-                getattr(self, "aux_loss_enabled", False),
-                "max_tokens_per_batch needs a loss that is a sum over pairs",
-                "the load-balancing loss of a MoE model, which depends on which tokens meet",
-            ),
-        ):
-            if clash:
-                reject(
-                    rule,
-                    what,
-                    "Leave it out; per_device_train_batch_size may go down and "
-                    "gradient_accumulation_steps up for it.",
-                )
 
     @property
     def tokens_trained(self) -> int:
@@ -500,36 +400,8 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
                 "Raise max_length, or shorten the prompts.",
             )
         if isinstance(prepared, Dataset):
-            self._check_tokens(prepared, args, f"{name} dataset")
+            _say(check_tokens(prepared, args, f"{name} dataset", self._positions), args)
         return prepared
-
-    def _check_tokens(self, prepared: Dataset, args: Any, name: str) -> None:
-        """Refuse sequences beyond the model's positions, nothing to score, and pairs of equals."""
-        longest, positions = args.max_length, self._positions
-        cut = kept(longest, args.truncation_mode)
-        known = ("chosen_ids", "rejected_ids", "completion_ids")
-        columns = [column for column in known if column in prepared.column_names]
-        equal = 0
-        for number, row in enumerate(prepared.select_columns(["prompt_ids", *columns]), 1):
-            prompt, sides = row["prompt_ids"], []
-            for column in columns:
-                ids, mask = prompt + row[column], [0] * len(prompt) + [1] * len(row[column])
-                sides.append((ids[cut], mask[cut]))
-                if positions is not None and len(ids[cut]) > positions:
-                    reject(
-                        f"{name}, row {number} (tokenized): a sequence must fit into the "
-                        f"{positions} positions of the model",
-                        f"{len(ids)} tokens",
-                        f"Set max_length={positions}, drop the row, or take a model with more.",
-                    )
-                if not any(mask[cut][1:]):  # nothing predicts a first token
-                    reject(
-                        f"{name}, row {number} (tokenized): {column} must have a token to score",
-                        f"{len(row[column])} after a prompt of {len(prompt)}, max_length={longest}",
-                        "Drop the row, or raise max_length.",
-                    )
-            equal += len(sides) == 2 and sides[0] == sides[1]
-        _say(check_differences(equal, len(prepared), name), args)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
