@@ -161,6 +161,15 @@ def _length(run: Run) -> Finding | None:
     if len(known) < len(ends):
         return None
     slope, correlation, chosen, rejected, margin = known
+    since = ""
+    if last(run, "log_ratio/chosen_avg") is None:
+        # Without a reference long answers have other margins before any training; what training adds
+        # is seen on pairs that stay the same.
+        first = [run.points(prefix + name)[1] for name in (names[0], "rewards/margins")]
+        if pairs is None or min(map(len, first)) < 2:
+            return None
+        slope, margin = slope - first[0][0], margin - first[1][0]
+        since = " won since the first evaluation"
     if margin <= 0:
         return None
     if pairs is None:
@@ -171,7 +180,7 @@ def _length(run: Run) -> Finding | None:
         return None
     return Finding(
         f"{'longer' if chosen > rejected else 'shorter'} answers win by their length",
-        f"{share:.0%} of the margin comes with the difference in length (correlation "
+        f"{share:.0%} of the margin{since} comes with the difference in length (correlation "
         f"{correlation:+.2f}); chosen {chosen:.0f}, rejected {rejected:.0f} tokens",
         "length",
     )

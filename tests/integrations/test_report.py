@@ -72,6 +72,25 @@ def test_supervised_training_is_not_asked_to_tell_pairs_apart():
     assert findings(Run("", rows, {})) == []
 
 
+def test_without_a_reference_length_counts_from_the_first_evaluation():
+    def found(first, *, evaluated=True):
+        ends = {"length/chosen": 30.0, "length/rejected": 50.0, "length/margin_corr": -0.8}
+        ends |= {"length/margin_slope": -0.1, "rewards/margins": 3.0}  # 2 of them by length
+        rows = history(**ends, **{f"eval_{name}": value for name, value in ends.items()})
+        for row in rows:  # sums of log-probs: a short answer has more of them
+            for name in [name for name in row if name.startswith("log_ratio/")]:
+                del row[name]
+        before = {name: value for name, value in rows[-1].items() if name.startswith("eval_")}
+        before |= {f"eval_{name}": value for name, value in first.items()}
+        rows = [{"step": 1, **before}, *rows] if evaluated else rows[:-1]
+        return [(f.anchor, f.numbers[:46]) for f in findings(Run("", rows, {}))]
+
+    there_before = {"length/margin_slope": -0.1, "rewards/margins": 2.0}
+    learnt = {"length/margin_slope": -0.01, "rewards/margins": 0.2}
+    assert found(there_before) == found(learnt, evaluated=False) == []
+    assert found(learnt) == [("length", "64% of the margin won since the first evaluati")]
+
+
 PLANTED = [
     ("nan", {"rewards/chosen": float("nan")}, {}),
     ("nan", {"eval_loss": float("inf")}, {}),
