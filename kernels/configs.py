@@ -57,7 +57,7 @@ _TILES_16 = {
     "gfx942": Tile(128, 128, 64, 8, 2),
     "interpreter": Tile(32, 64, 64, 1, 1),
 }
-# What benchmarks/tune.py times beside the row above, with its descriptors. Two of the first four fit
+# What tools/tune.py times beside the row above, with its descriptors. Two of the first four fit
 # an SM of sm_90 (at most 113 KiB of shared memory each), one of the others, which load less per
 # product: 128 x 128 needs 32 KiB of operands per 512 cycles, as much as the L2 cache gives.
 CANDIDATES = (
@@ -100,39 +100,33 @@ _PRODUCTS_32 = {
 }
 _PRODUCTS_32_ANY = Tile(64, 32, 64, 4, 3)
 
-# One program of them holds block_t x block logits in registers where the library has multiplied.
-_CHUNK = {"interpreter": Rows(64, 128, 1)}
-_CHUNK_ANY = Rows(1, 4096, 8)
-_FOLD = {"interpreter": Rows(64, 128, 1)}
-_FOLD_ANY = Rows(1, 1024, 4)
-_DOT = {"interpreter": Rows(64, 64, 1)}
-_DOT_ANY = Rows(1, 1024, 4)
-_DECODE = {"interpreter": Rows(16, 64, 1)}
-_DECODE_ANY = Rows(4, 512, 4)
-# The word filter: probability of words (all rows, `block` words per program), loud columns side by
-# side, mean of the quiet words (block_t words x block columns).
-_MASS = {"interpreter": Rows(32, 64, 1)}
-_MASS_ANY = Rows(128, 64, 8)
-_TAKE = {"interpreter": Rows(32, 128, 1)}
-_TAKE_ANY = Rows(2, 2048, 8)
-_MEAN = {"interpreter": Rows(32, 64, 1)}
-_MEAN_ANY = Rows(8, 256, 4)
-_SEQUENCE = {"interpreter": Rows(1, 64, 1)}
-_SEQUENCE_ANY = Rows(1, 1024, 4)
+# Blocks of the other kernels: on any GPU, and in the interpreter.
+_ROWS = {
+    # The logits that one program holds in registers where the library has multiplied.
+    "chunk": (Rows(1, 4096, 8), Rows(64, 128, 1)),
+    "fold": (Rows(1, 1024, 4), Rows(64, 128, 1)),
+    "dot": (Rows(1, 1024, 4), Rows(64, 64, 1)),
+    "decode": (Rows(4, 512, 4), Rows(16, 64, 1)),
+    "sequence": (Rows(1, 1024, 4), Rows(1, 64, 1)),
+    # The word filter: probability of words (all rows, `block` words per program), loud columns side
+    # by side, mean of the quiet words (block_t words x block columns).
+    "mass": (Rows(128, 64, 8), Rows(32, 64, 1)),
+    "take": (Rows(2, 2048, 8), Rows(32, 128, 1)),
+    "mean": (Rows(8, 256, 4), Rows(32, 64, 1)),
+}
 
 # Words of a block come in multiples of this where the library multiplies.
 WORDS = 512
 # Words of the first block, in which every row finds its first anchor.
-_FIRST = {"interpreter": 64}
-_FIRST_ANY = 512
+_FIRST, _FIRST_INTERPRETED = 512, 64
 
 # Largest hidden size at which P comes from our own product; above it the library
 # product takes over. From the roofline of docs/kernels.md, not measured: the
 # library is ahead once its product is faster than ours by more than the traffic of fp32 logits.
 # fp32 always takes the library, which obeys PyTorch's TF32 settings by itself. ROCm always takes
 # our own: its library does not multiply 16-bit matrices into fp32.
-# Hopper and Blackwell take the library until tune.py has said otherwise: what it costs is known, and
-# by the roofline ours, bound by the L2 cache, comes level with it at D = 1024 at best.
+# Hopper and Blackwell take the library until tools/tune.py has said otherwise: what it costs is known,
+# and by the roofline ours, bound by the L2 cache, comes level with it at D = 1024 at best.
 _TILES_UP_TO_D = {
     "sm_80": 2048,
     "sm_86": 2048,
@@ -164,26 +158,6 @@ def tile(device: torch.device, dtype: torch.dtype) -> Tile:
     return table[arch(device)]
 
 
-def chunk(device: torch.device) -> Rows:
-    return _CHUNK.get(arch(device), _CHUNK_ANY)
-
-
-def fold(device: torch.device) -> Rows:
-    return _FOLD.get(arch(device), _FOLD_ANY)
-
-
-def dot(device: torch.device) -> Rows:
-    return _DOT.get(arch(device), _DOT_ANY)
-
-
-def decode(device: torch.device) -> Rows:
-    return _DECODE.get(arch(device), _DECODE_ANY)
-
-
-def sequence(device: torch.device) -> Rows:
-    return _SEQUENCE.get(arch(device), _SEQUENCE_ANY)
-
-
 def product(device: torch.device, dtype: torch.dtype) -> Tile:
     """The tile of `add_words`."""
     if dtype is torch.float32:
@@ -191,20 +165,14 @@ def product(device: torch.device, dtype: torch.dtype) -> Tile:
     return _PRODUCTS_16[arch(device)]
 
 
-def mass(device: torch.device) -> Rows:
-    return _MASS.get(arch(device), _MASS_ANY)
-
-
-def take(device: torch.device) -> Rows:
-    return _TAKE.get(arch(device), _TAKE_ANY)
-
-
-def mean(device: torch.device) -> Rows:
-    return _MEAN.get(arch(device), _MEAN_ANY)
+def rows(kernel: str, device: torch.device) -> Rows:
+    """The block of a kernel that multiplies no matrices, by its name in `_ROWS`."""
+    on_gpus, interpreted = _ROWS[kernel]
+    return interpreted if arch(device) == "interpreter" else on_gpus
 
 
 def first_words(device: torch.device) -> int:
-    return _FIRST.get(arch(device), _FIRST_ANY)
+    return _FIRST_INTERPRETED if arch(device) == "interpreter" else _FIRST
 
 
 def own_product(device: torch.device, dtype: torch.dtype, hidden_size: int) -> bool:

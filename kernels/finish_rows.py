@@ -108,7 +108,7 @@ def finish_rows(
     n, d = hidden.shape
     assert logps.stride(0) == lse.stride(1) == state.stride(1) == sums.stride(1) == u.stride(1) == 1
     hidden, w_y = dense_rows(hidden), dense_rows(w_y)
-    config = configs.dot(hidden.device)
+    config = configs.rows("dot", hidden.device)
     _finish_rows_kernel[(triton.cdiv(n, config.block_t),)](
         hidden_ptr=hidden,
         w_ptr=w_y,

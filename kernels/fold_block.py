@@ -83,7 +83,7 @@ def fold_block(
     """Update the rows' state by one vocabulary block."""
     _, n, tiles = partial.shape
     assert state.stride(1) == p.stride(1) == u.stride(1) == 1
-    config = configs.fold(partial.device)
+    config = configs.rows("fold", partial.device)
     _fold_block_kernel[(triton.cdiv(n, config.block_t),)](
         partial=Partial(*partial.contiguous()),
         state=State(*state),

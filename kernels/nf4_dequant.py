@@ -113,7 +113,7 @@ def nf4_dequant(
         n = ids.numel()
     d = weight.hidden_size
     out = weight.code.new_empty(n, d, dtype=dtype)
-    config = configs.decode(out.device)
+    config = configs.rows("decode", out.device)
     grid = triton.cdiv(n, config.block_t) * triton.cdiv(d, config.block)
     if grid:
         with on_device(out):

@@ -79,7 +79,7 @@ def tile_source(a: Tensor, weight: Tensor | None, softcap: float) -> Source:
     """Prepare (n, D) hidden rows and (v, D) words, or (n, v) fp32 products without `weight`."""
     if weight is None:
         assert a.stride(1) == 1
-        rows = configs.chunk(a.device)
+        rows = configs.rows("chunk", a.device)
         none = dict.fromkeys(("w", "d", "stride_w", "BLOCK_D", "EVEN_D", "PRECISION"))
         return Source(
             rows.block_t,

@@ -105,7 +105,7 @@ def sequence_loss(
         token_logps.new_empty(sequences, dtype=torch.float32) for _ in range(3)
     )
     grad = token_logps.new_empty(token_logps.shape, dtype=torch.float32)
-    config = configs.sequence(token_logps.device)
+    config = configs.rows("sequence", token_logps.device)
     if sequences:
         with on_device(token_logps):
             _sequence_loss_kernel[(sequences,)](

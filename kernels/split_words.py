@@ -227,9 +227,8 @@ def split_words(
     device, most = p.device, int(most_loud * v)
     assert p.stride(1) == weight.stride(1) == weights.stride(0) == mass.stride(0) == 1
     assert state.stride(1) == 1
-    # As many bytes in flight of fp32 as of 16-bit P.
-    block_t = configs.mass(device).block_t * 2 // p.element_size()
-    rows, moved, mean = configs.mass(device), configs.take(device), configs.mean(device)
+    rows, moved, mean = (configs.rows(name, device) for name in ("mass", "take", "mean"))
+    block_t = rows.block_t * 2 // p.element_size()  # as many bytes in flight of fp32 as of 16-bit P
     step = configs.product(device, p.dtype).block_v
     tiles, width = triton.cdiv(v, rows.block), triton.cdiv(max(most, 1), step) * step
     counts = p.new_empty(tiles + 1, dtype=torch.int32)

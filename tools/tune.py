@@ -121,7 +121,7 @@ def tune_tiles(
         return torch.empty(2, n, -(-v // words), device=device)
 
     def library() -> Tensor:
-        stats = statistics_of(configs.chunk(device).block)
+        stats = statistics_of(configs.rows("chunk", device).block)
         wide = dtype.itemsize == 2 and device.type == "cuda" and torch.version.hip is None
         z = torch.mm(h, w.t(), out_dtype=torch.float32) if wide else h.float() @ w.float().t()
         softmax_tile(z, None, labels, zeros, stats, p, start=0)

@@ -257,7 +257,7 @@ def _pass(
     # Zeros also where P alone is asked for: `fold_block` is the same with it.
     sums = u.zero_() if in_u else state.new_zeros(n if need_p else 0, width)
     config = configs.tile(hidden.device, dtype)
-    tile = config.block_v if own else configs.chunk(hidden.device).block
+    tile = config.block_v if own else configs.rows("chunk", hidden.device).block
     parts = list(row_blocks(0, n, blocks.rows))
     states = states_of(hidden, rows, parts)
     filters: list[_RowFilter | None] = [None] * len(parts)

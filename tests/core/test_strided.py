@@ -271,7 +271,7 @@ def kernel_cases():
     z = floats(n, words)
 
     def softmax(labels, anchor, bias, backend, h=z, w=None):
-        tile = configs.chunk(cpu).block if w is None else configs.tile(cpu, F32).block_v
+        tile = configs.rows("chunk", cpu).block if w is None else configs.tile(cpu, F32).block_v
         written = torch.zeros(2, n, -(-words // tile)), torch.zeros(n, words)
         softmax_tile(h, w, labels, anchor, *written, bias=bias, **settings)
         return written, None

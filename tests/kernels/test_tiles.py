@@ -41,7 +41,7 @@ def test_p_and_statistics(dtype, shape, options, path):
     own = configs.own_product()
     n, v, _ = shape
     h, w, bias, labels, start = make(shape, dtype)
-    tile = configs.tile(CPU, dtype).block_v if own else configs.chunk(CPU).block
+    tile = configs.tile(CPU, dtype).block_v if own else configs.rows("chunk", CPU).block
     tiles = -(-v // tile)
     partial, intact_s = guarded(2, n, tiles)
     exponents, sums = partial
