@@ -53,7 +53,7 @@ def tiles(device: torch.device, dtype: torch.dtype) -> list[Tile]:
 
 
 def rows(name: str, device: torch.device) -> list[Rows]:
-    row = getattr(configs, name)(device)
+    row = configs.rows(name, device)
     if device.type == "cpu":
         return [row, row._replace(block=2 * row.block)]
     return [row, *(other for other in ROWS[name] if other != row)]
@@ -175,7 +175,10 @@ def tune_rows(device: torch.device, n: int, v: int, d: int, rounds: int) -> list
     found = []
     for name, call in calls.items():
         p.zero_()
-        mine = {row: replaced(configs, name, row, partial(call, row)) for row in rows(name, device)}
+        # Each call launches the one kernel.
+        mine = {
+            row: replaced(configs, "rows", row, partial(call, row)) for row in rows(name, device)
+        }
         found += entries(name, mine, (n, v, d), device, rounds)
     return found
 
@@ -209,7 +212,7 @@ def proposal(found: list[dict[str, Any]], arch: str) -> str:
     ahead = [d for d in sorted(ratios) if all(ratios[e] < 1 for e in ratios if e <= d)]
     lines = [f'_TILES_16:      "{arch}": {best(found, ("softmax_tile", "dz_tile"))},']
     for name in ("chunk", "fold", "decode"):
-        lines.append(f"_{name.upper()}_ANY = {best(found, (name,))}")
+        lines.append(f'_ROWS:          "{name}": ({best(found, (name,))}, ...')
     lines.append(f'_TILES_UP_TO_D: "{arch}": {ahead[-1] if ahead else 0},')
     shown = ", ".join(f"{d}: {ratio:.3f}" for d, ratio in ratios.items())
     return "\n".join([*lines, f"# own product over library path by D: {shown}"])
