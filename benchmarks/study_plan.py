@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks.real_models import HH, appearing, cache
 from dilkern.losses import LOSSES
+from dilkern.objective import Objective
 from dilkern.validation import reject
 
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
@@ -86,6 +87,9 @@ METHODS = {
     "cpo": Method("CPO", "cpo", "beta", (0.1, 0.3)),
     "slic": Method("SLiC-HF", "slic", "delta", (1.0, 10.0)),
     "fdpo": Method("f-DPO, JSD", "fdpo_jsd", "beta", (0.1, 0.3)),
+    # Not of the paper: what taking f as a sum, or per token, does to one loss of either kind.
+    "lsif_sum": Method("LSIF, sums", "lsif", "beta", (0.1, 1.0), {"length_normalize": False}),
+    "dpo_norm": Method("DPO, per token", "dpo_norm", "beta", (2.0, 10.0)),
 }
 DIL = ("lsif", "ukl", "bce")
 
@@ -270,6 +274,9 @@ def figures(method: str, run: dict[str, Any]) -> dict[str, float]:
     chosen, rejected, of_chosen, of_rejected = columns(run)
     margins = {False: chosen - rejected, True: chosen / of_chosen - rejected / of_rejected}
     per_token = METHODS[method].per_token
+    entry = LOSSES[METHODS[method].loss]
+    beta = run["options"].get("beta") or Objective(entry).beta
+    f = torch.cat([chosen, rejected]) / (torch.cat([of_chosen, of_rejected]) if per_token else 1)
     accuracy = {key: float((m > 0).double().mean()) for key, m in margins.items()}
     found = {
         "accuracy": accuracy[per_token],
@@ -281,6 +288,8 @@ def figures(method: str, run: dict[str, Any]) -> dict[str, float]:
         "rejected": float((rejected / of_rejected).mean()),
         "nll": run["nll"],
     }
+    if entry.reference:
+        found["largest"] = float((beta * f).abs().max())
     if "kl" in run:
         found |= {
             "kl": run["kl"],

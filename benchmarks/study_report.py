@@ -35,6 +35,7 @@ FIGURES = {  # column of the table: (figure, digits)
     "margin per token": ("margin", 3),
     "change of chosen per token": ("chosen", 3),
     "of rejected": ("rejected", 3),
+    "largest beta f": ("largest", 2),
     "KL to reference per token": ("kl", 3),
     "perplexity of other text": ("perplexity", 2),
     "length of answers": ("length", 1),
@@ -51,7 +52,8 @@ def finals_table(study: Study) -> str:
         cells = [METHODS[method].title, settings(method, runs[0]), str(len(runs))]
         for name, digits in FIGURES.values():
             if name:
-                cells.append(spread([found[name] for found in seen], digits))
+                values = [found[name] for found in seen if name in found]
+                cells.append(spread(values, digits) if values else "")
             else:
                 both = ("accuracy_sum", "accuracy_per_token")
                 cells.append(" / ".join(f"{mean(f[key] for f in seen):.3f}" for key in both))
@@ -163,7 +165,7 @@ def style(method: str) -> dict[str, Any]:
         return given | {"color": ours[DIL.index(method)], "marker": "s", "linestyle": "-"}
     colours = colormaps["viridis"].resampled(len(others) + 1)
     number = others.index(method)
-    return given | {"color": colours(number), "marker": "o^vD<>P*X"[number], "linestyle": ":"}
+    return given | {"color": colours(number), "marker": "o^vD<>P*Xphd8"[number], "linestyle": ":"}
 
 
 def draw_change(study: Study, path: Path) -> None:

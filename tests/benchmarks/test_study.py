@@ -152,8 +152,10 @@ def test_so_many_of_the_last_layers_are_adapted(
 
 
 def test_figures_are_those_of_the_pairs() -> None:
-    run = {"nll": 1.0, "change": [[-2.0, -1.5, 4, 1], [1.0, -1.0, 2, 2]]}
+    run = {"nll": 1.0, "change": [[-2.0, -1.5, 4, 1], [1.0, -1.0, 2, 2]], "options": {"beta": 0.5}}
     found = study_plan.figures("lsif", run)
+    assert found["largest"] == 0.75 and study_plan.figures("dpo", run)["largest"] == 1.0
+    assert "largest" not in study_plan.figures("simpo", run)  # no log-ratio
     assert found["chosen"] == 0.0 and found["rejected"] == -1.0 and found["margin"] == 1.0
     assert found["accuracy"] == found["accuracy_per_token"] == 1.0
     assert found["accuracy_sum"] == study_plan.figures("dpo", run)["accuracy"] == 0.5
