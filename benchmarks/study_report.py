@@ -87,27 +87,28 @@ def grid_table(study: Study) -> str:
 def claims_table(study: Study) -> str:
     """The paper's figure as differences: chosen log-probs per token under DIL less those under others.
 
-    Per test pair the mean over seeds of either side; the error is that of the mean over pairs.
+    Per test pair the mean over seeds of either side; the error is that of the mean over pairs, which
+    knows nothing of other seeds, hence their range.
     """
-    means = {}
+    seeds = {}
     for method in study.methods:
         runs = study.finals(method)
         if len(runs) == study.seeds:
             ratios = [columns(run)[0] / columns(run)[2] for run in runs]
-            means[method] = torch.stack(ratios).mean(0)
+            seeds[method] = torch.stack(ratios)  # (seeds, pairs)
     lines = []
-    for rival in (method for method in means if method not in DIL):
+    for rival in (method for method in seeds if method not in DIL):
         cells = [METHODS[rival].title]
         for ours in DIL:
-            if ours not in means:
+            if ours not in seeds:
                 cells.append("")
                 continue
-            apart = means[ours] - means[rival]
-            size, error = float(apart.mean()), float(apart.std() / len(apart) ** 0.5)
-            word = (
-                "undecided" if abs(size) < 2 * error else "less lost" if size > 0 else "more lost"
-            )
-            cells.append(f"{size:+.3f} ± {error:.3f}: {word}")
+            apart = seeds[ours] - seeds[rival]
+            pairs, (low, high) = apart.mean(0), apart.mean(1).aminmax()
+            size, error = float(pairs.mean()), float(pairs.std() / len(pairs) ** 0.5)
+            agreed = abs(size) >= 2 * error and low * high > 0
+            word = "undecided" if not agreed else "higher" if size > 0 else "lower"
+            cells.append(f"{size:+.3f} ± {error:.3f} ({low:+.3f} .. {high:+.3f}): {word}")
         lines.append(cells)
     return markdown("|" + "|".join(METHODS[ours].title for ours in DIL), lines)
 
@@ -146,8 +147,9 @@ def report(study: Study) -> str:
             f"{shown['perplexity_before']:.2f}.",
             finals_table(study),
             "Change of chosen log-probs per token under DIL less that under each other method: "
-            "above 0 DIL loses less, as the paper has it against SimPO and DPO. Mean over pairs ± its "
-            "standard error, seeds averaged; undecided: within two of them.",
+            "above 0 they end higher under DIL, as the paper has it against SimPO and DPO. Mean over pairs ± its "
+            "standard error, seeds averaged, and (least .. most of a seed); undecided: within two "
+            "errors, or the seeds differ in sign.",
             claims_table(study),
         ]
     text += ["Validation pairs, all settings:", grid_table(study)]

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import tiny_models
 import torch
 import typer
 
-from benchmarks import study, study_plan
+from benchmarks import study, study_plan, study_report
 from benchmarks.environment import describe
 from dilkern import LOSSES
 
@@ -159,6 +160,17 @@ def test_figures_are_those_of_the_pairs() -> None:
     assert found["chosen"] == 0.0 and found["rejected"] == -1.0 and found["margin"] == 1.0
     assert found["accuracy"] == found["accuracy_per_token"] == 1.0
     assert found["accuracy_sum"] == study_plan.figures("dpo", run)["accuracy"] == 0.5
+
+
+def test_a_claim_needs_all_pairs_and_all_seeds() -> None:
+    def runs(*changes: float) -> list[dict[str, Any]]:
+        return [{"change": [[c, 0.0, 1, 1], [c + 0.02, 0.0, 1, 1]]} for c in changes]
+
+    found = {"lsif": runs(0.1, 0.3), "dpo": runs(0.0, 0.1), "ipo": runs(0.0, 0.31), "kto": runs(0)}
+    told = SimpleNamespace(methods=list(found), seeds=2, finals=found.__getitem__)
+    table = study_report.claims_table(told)  # type: ignore[arg-type]
+    assert "| DPO | +0.150 ± 0.000 (+0.100 .. +0.200): higher |" in table
+    assert "(-0.010 .. +0.100): undecided" in table and "KTO" not in table
 
 
 def test_an_unknown_method_is_named() -> None:
