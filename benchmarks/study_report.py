@@ -147,8 +147,8 @@ def report(study: Study) -> str:
             f"{shown['perplexity_before']:.2f}.",
             finals_table(study),
             "Change of chosen log-probs per token under DIL less that under each other method: "
-            "above 0 they end higher under DIL, as the paper has it against SimPO and DPO. Mean over pairs ± its "
-            "standard error, seeds averaged, and (least .. most of a seed); undecided: within two "
+            "above 0 they end higher under DIL, as the paper has it against SimPO and DPO. Mean over "
+            "pairs ± its standard error, seeds averaged, and (least .. most of a seed); undecided: within two "
             "errors, or the seeds differ in sign.",
             claims_table(study),
         ]
@@ -156,18 +156,21 @@ def report(study: Study) -> str:
     return "\n\n".join(part.strip() for part in text) + "\n"
 
 
+# No reds: those are DIL's.
+OTHERS = ("#1f77b4", "#2ca02c", "#9467bd", "#17becf", "#8c564b", "#bcbd22", "#7f7f7f", "#1b4f72",
+          "#0b6e4f", "#5b3a8c", "#6b7a00")  # fmt: skip
+
+
 def style(method: str) -> dict[str, Any]:
     """Of a method's points in all pictures: squares and solid lines are DIL's."""
-    from matplotlib import colormaps
-
     others = [name for name in METHODS if name not in DIL]
     ours = ("#d62728", "#ff7f0e", "#8c1a4b")
     given = {"label": METHODS[method].title, "markersize": 6}
     if method in DIL:
         return given | {"color": ours[DIL.index(method)], "marker": "s", "linestyle": "-"}
-    colours = colormaps["viridis"].resampled(len(others) + 1)
     number = others.index(method)
-    return given | {"color": colours(number), "marker": "o^vD<>P*Xphd8"[number], "linestyle": ":"}
+    colour = OTHERS[number % len(OTHERS)]
+    return given | {"color": colour, "marker": "o^vD<>P*Xphd8"[number], "linestyle": ":"}
 
 
 def draw_change(study: Study, path: Path) -> None:
