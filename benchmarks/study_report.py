@@ -146,9 +146,9 @@ def report(study: Study) -> str:
             f"chosen answer is the shorter one. Perplexity of other text before training: "
             f"{shown['perplexity_before']:.2f}.",
             finals_table(study),
-            "Change of chosen log-probs per token under DIL less that under each other method: "
-            "above 0 they end higher under DIL, as the paper has it against SimPO and DPO. Mean over "
-            "pairs ± its standard error, seeds averaged, and (least .. most of a seed); undecided: within two "
+            "Change of chosen log-probs per token under DIL less that under each other method: above 0 "
+            "they end higher under DIL, as the paper has it against SimPO and DPO. Mean over pairs ± "
+            "its standard error, seeds averaged, and (least .. most of a seed); undecided: within two "
             "errors, or the seeds differ in sign.",
             claims_table(study),
         ]
