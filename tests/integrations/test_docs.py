@@ -111,3 +111,22 @@ def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "<math" in (tmp_path / "math.html").read_text()
+
+
+def numbers(text):
+    return {abs(float(number)) for number in re.findall(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?", text)}
+
+
+@pytest.mark.parametrize(
+    "page, heading",
+    [("docs/study.md", "What it shows"), ("docs/guide.md", "What the study shows"),
+     ("docs/guide.md", "Where to start")],
+)  # fmt: skip
+def test_what_is_said_of_the_study_stands_in_its_tables(page, heading):
+    _, _, rest = read(page).partition(f"# {heading}\n")
+    said = re.split(r"\n##+ ", rest)[0]
+    study = read("docs/study.md")
+    drawn = study[study.index("<!-- study:begin -->") :]
+    settings = study[study.index("\n## Set-up") : study.index("<!-- study:begin -->")]
+    default = {1e-4}  # the learning rate of an adapter
+    assert numbers(said) <= numbers(drawn) | numbers(settings) | default
