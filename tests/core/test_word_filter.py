@@ -144,6 +144,18 @@ def test_trainable_head(softcap):
         assert torch.allclose(a[labels], b[labels], rtol=1e-10, atol=1e-12)
 
 
+def test_trainable_head_where_later_words_are_likelier():
+    """The anchor moves on, and with it what was left out before."""
+    hidden, weight, labels = problem()
+    weight[V // 2 :] *= 5
+    weight.requires_grad_()
+    options = {"workspace_mib": WORKSPACE, "g": torch.randn(N)}
+    want = gradients(hidden, weight, labels, weight, **options)
+    got = gradients(hidden, weight, labels, weight, filter_eps=2**-10, **options)
+    assert 0 < (got[2] - want[2]).norm() < 0.05 * want[2].norm()
+    assert torch.allclose(got[2].sum(0), want[2].sum(0), rtol=1e-10, atol=1e-12)
+
+
 def test_only_the_head_trains():
     hidden, weight, labels = problem()
     weight.requires_grad_()

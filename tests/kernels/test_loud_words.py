@@ -8,7 +8,7 @@ from guard import guarded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dilkern import linear_logps
-from dilkern.backends import base
+from dilkern.backends import base, word_filter
 from dilkern.kernels import configs, split_words
 from dilkern.kernels.add_words import add_words
 from dilkern.lm_head import Adapter, DenseHead, FourBit, FourBitHead, LoRAHead
@@ -28,14 +28,15 @@ def product(request, monkeypatch):
 # Loud words of a block, by number, in so many words: none, one, a tile, ragged, half, more than half.
 @pytest.mark.parametrize("k", [0, 1, 16, 37, 95, 96])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_words_are_split(dtype, k):
+def test_words_are_split(dtype, k, monkeypatch):
     """Column sums, which words are loud, their columns side by side, and the mean of the others."""
     torch.manual_seed(k)
     n, v, d = 45, 190, 40
     top = torch.randint(-3, 9, (n,)).float()
     state = torch.stack((top, 1 + torch.rand(n), top - torch.randint(0, 12, (n,))))
     peak = top * LN2 + torch.randn(n)
-    outlook = split_words.Outlook(peak, torch.rand(n), peak + torch.randn(n))
+    # Labels so likely that no other word has much of all: loud is who has much of the wrong ones.
+    outlook = split_words.Outlook(peak, torch.rand(n), peak + 4 + torch.randn(n))
     strong = torch.randperm(v)[:k]
     p = torch.rand(n, v) * 1e-4 * (top - state[2]).exp2()[:, None]
     p[:, strong] *= 1e3
@@ -45,6 +46,8 @@ def test_words_are_split(dtype, k):
     p[:, strong[:1]] = 0  # loud for being a label alone
     (weights, intact), (mass, intact_mass) = guarded(v), guarded(n)
     limit = 0.01 * n
+    # What a kernel does not write looks like nothing left out.
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     split = split_words.split_words(
         p, weight, state, outlook, is_label, weights, mass, limit=limit, **SETTINGS
     )
@@ -217,6 +220,28 @@ def test_gradients_are_those_of_the_words_that_it_kept(case, dtype, own, budget,
     for name, mine, peer, expected, true in zip("uwb", got, (exact.u, *plain), want, truth):
         if mine is not None:
             budget.check(name, mine, peer.double() - true + expected, expected)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["library", "own"])
+def test_blocks_taken_whole_have_the_exact_gradient(own, monkeypatch):
+    monkeypatch.setattr(configs, "own_product", lambda *_: own)
+    monkeypatch.setattr(word_filter, "MOST_QUIET", 1e-30)
+    hidden, labels, head = problem(torch.float32, bias=True)
+    backend, rows, g = base.load("triton"), torch.arange(N), torch.randn(N)
+    sizes = {"workspace_bytes": 1 << 18}
+    exact = backend.forward(hidden, rows, labels, head, need_u=True, **sizes)
+    out = backend.forward(
+        hidden, rows, labels, head, need_u=True, filter_eps=EPS, need_quiet=True, **sizes
+    )
+    assert (out.quiet.weights == -1).all() and (out.quiet.mass == 0).all()
+    torch.testing.assert_close(out.u, exact.u, rtol=1e-5, atol=1e-5)
+    sizes["needed"] = [True, True]
+    got, want = (
+        backend.head_backward(hidden, rows, labels, head, x.logps, x.lse, g, x.quiet, **sizes)
+        for x in (out, exact)
+    )
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_it_never_asks_the_device_within_a_pass(monkeypatch):
