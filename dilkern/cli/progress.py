@@ -106,8 +106,11 @@ class ProgressTable(TrainerCallback):  # type: ignore[misc]
         prefix = "eval_" if "eval_loss" in logs else ""
         if not state.is_world_process_zero or prefix + "loss" not in logs:
             return
+        known = {name for name, *_ in self.shown if prefix + name in logs}
+        if logs.get(f"{prefix}rewards/margins") == 0:  # policy and reference are one
+            known.discard("rewards/accuracies")
         cells = [
-            f"{logs[prefix + name]:>{form}}" if prefix + name in logs else f"{'-':>9}"
+            f"{logs[prefix + name]:>{form}}" if name in known else f"{'-':>9}"
             for name, _, form in self.shown
         ]
         if prefix:

@@ -487,6 +487,19 @@ def test_bad_line_and_messages_of_main(folder, data, tmp_path, monkeypatch, caps
     assert not (tmp_path / "out").exists()
 
 
+def test_the_table_has_no_accuracy_where_policy_and_reference_are_one(
+    folder, data, tmp_path, capsys
+):
+    steps = {"max-steps": 2, "logging-steps": 1}
+    train(*flags(folder, data, tmp_path / "out", **steps))
+    lines = capsys.readouterr().out.splitlines()
+    start = next(n for n, line in enumerate(lines) if line.split()[:1] == ["step"])
+    headings, first, second = (lines[start + n].split() for n in range(3))
+    place = headings.index("accuracy")
+    assert float(first[headings.index("margin")]) == 0 and first[place] == "-"
+    assert 0 <= float(second[place]) <= 1
+
+
 def test_tensorboard_receives_the_metrics(folder, data, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
