@@ -26,7 +26,14 @@ from dilkern.backends.base import (
     states_of,
     weight_block,
 )
-from dilkern.backends.word_filter import Cut, QuietGradient, RowFilter, expected_words, joined
+from dilkern.backends.word_filter import (
+    Cut,
+    QuietGradient,
+    RowFilter,
+    Sieve,
+    expected_words,
+    joined,
+)
 
 # A row's anchor is moved when a logit passes it by more than this: exp stays in range in every
 # dtype that holds P (fp16: e^8 = 2981), and U is rescaled only rarely.
@@ -172,75 +179,96 @@ def forward(
     acc = accumulation_dtype(hidden.dtype)
     n_tokens, width = rows.numel(), hidden.shape[1]
     blocks = plan(n_tokens, head, hidden, workspace_bytes)
-    need_p, filtered = need_u or need_quiet, filter_eps > 0 and (need_u or need_quiet)
-    if filtered:
-        likely = expected_words(hidden, rows, labels, head, blocks)
-        w_likely = head.gather(likely, hidden.dtype)
+    filtered = filter_eps > 0 and (need_u or need_quiet)
     logps, lse = hidden.new_empty(n_tokens, dtype=acc), hidden.new_empty(2, n_tokens, dtype=acc)
     # fp16 cannot hold the small u of a confident token; its gradient is scaled later, by g.
     u_dtype = acc if hidden.dtype is torch.float16 else hidden.dtype
     u = hidden.new_empty(n_tokens if need_u else 0, width, dtype=u_dtype)
-    kept_quiet: list[Quiet] = []
+    sieve = None
+    if filtered:
+        expected = expected_words(hidden, rows, labels, head, blocks)
+        sieve = Sieve(filter_eps, expected, need_quiet)
+    quiet: list[Quiet] = []
     for kept in row_blocks(0, n_tokens, blocks.kept):
-        y = labels[kept]
-        anchor = u.new_full(y.shape, -torch.inf, dtype=acc)  # near the largest wrong logit
-        total = torch.zeros_like(anchor)  # sum over wrong words of exp(z - anchor)
-        # The same sum of p * w.
-        mean_w = u[kept].zero_() if u.dtype is acc else torch.zeros_like(u[kept], dtype=acc)
-        parts = list(row_blocks(0, y.numel(), blocks.rows))
-        states = states_of(hidden, rows[kept], parts)
-        filters: list[RowFilter | None] = [None] * len(parts)
-        if filtered:
-            for i, part in enumerate(parts):
-                h = states(part)
-                filters[i] = RowFilter(
-                    filter_eps, y[part],
-                    _target_logits(h, head.gather(y[part], h.dtype), y[part], head, acc).z,
-                    likely, _block_logits(h, w_likely, head, likely, acc, False).z,
-                    blocks, head.vocab_size, need_quiet,
-                )  # fmt: skip
-        for number, (start, end) in enumerate(blocks.words(head.vocab_size)):
-            weight = weight_block(head, start, end, hidden.dtype)
-            for part, row_filter in zip(parts, filters):
-                h = states(part)
-                z, slope = _block_logits(h, weight, head, slice(start, end), acc, need_p)
-                _replace_targets(z, y[part], start, -torch.inf)
-                top = z.amax(1).clamp_min_(torch.finfo(acc).min)
-                old = anchor[part]
-                moved = torch.where(top > old + ANCHOR_SLACK, top, old)
-                decay = (old - moved).exp_()
-                old.copy_(moved)
-                p = z.sub_(moved.unsqueeze(1)).exp_()
-                row_sums = p.sum(1)
-                total[part].mul_(decay).add_(row_sums)
-                if need_p and slope is not None:
-                    row_sums = p.mul_(slope).sum(1)
-                operands, quiet = (p, weight), None
-                if row_filter is not None:
-                    operands, quiet = row_filter.split(
-                        p, row_sums, weight, number, start, moved, total[part], decay
-                    )
-                if need_u:
-                    add_matmul(mean_w[part].mul_(decay.unsqueeze(1)), *operands)
-                    if quiet is not None:
-                        mean_w[part].addr_(*quiet)
-                del z, p, slope, operands, quiet
-            del weight
+        quiet += _pass(
+            hidden, rows[kept], labels[kept], head, blocks, sieve,
+            logps[kept], lse[:, kept], u[kept],
+        )  # fmt: skip
+    return Forward(logps, lse, u, joined(quiet))
+
+
+def _pass(
+    hidden: Tensor,  # (R, D)
+    rows: Tensor,  # (n,)
+    labels: Tensor,  # (n,)
+    head: HeadView,
+    blocks: Blocks,
+    sieve: Sieve | None,
+    logps: Tensor,  # (n,) written, as the next two
+    lse: Tensor,  # (2, n)
+    u: Tensor,  # (n, D), or (0, D) if not asked for
+) -> list[Quiet]:
+    """Take all words past the rows that are kept."""
+    dtype, acc = hidden.dtype, logps.dtype
+    need_u, need_p = u.shape[0] > 0, u.shape[0] > 0 or sieve is not None
+    anchor = torch.full_like(logps, -torch.inf)  # near the largest wrong logit
+    total = torch.zeros_like(logps)  # sum over wrong words of exp(z - anchor)
+    # The same sum of p * w.
+    mean_w = u.zero_() if u.dtype is acc else torch.zeros_like(u, dtype=acc)
+    parts = list(row_blocks(0, rows.numel(), blocks.rows))
+    states = states_of(hidden, rows, parts)
+    filters: list[RowFilter | None] = [None] * len(parts)
+    if sieve is not None:
+        w_expected = head.gather(sieve.expected, dtype)
+        for i, part in enumerate(parts):
+            h, y = states(part), labels[part]
+            filters[i] = RowFilter(
+                sieve, y, _target_logits(h, head.gather(y, dtype), y, head, acc).z,
+                _block_logits(h, w_expected, head, sieve.expected, acc, False).z,
+                blocks, head.vocab_size,
+            )  # fmt: skip
+        del w_expected
+    for number, (start, end) in enumerate(blocks.words(head.vocab_size)):
+        weight = weight_block(head, start, end, dtype)
         for part, row_filter in zip(parts, filters):
-            w_y = head.gather(y[part], hidden.dtype)
-            z_y, slope_y = _target_logits(states(part), w_y, y[part], head, acc)
-            logps[kept][part], share, miss, lse[:, kept][:, part] = normalize(
-                z_y, total[part], anchor[part]
-            )
+            h = states(part)
+            z, slope = _block_logits(h, weight, head, slice(start, end), acc, need_p)
+            _replace_targets(z, labels[part], start, -torch.inf)
+            top = z.amax(1).clamp_min_(torch.finfo(acc).min)
+            old = anchor[part]
+            moved = torch.where(top > old + ANCHOR_SLACK, top, old)
+            decay = (old - moved).exp_()
+            old.copy_(moved)
+            p = z.sub_(moved.unsqueeze(1)).exp_()
+            row_sums = p.sum(1)
+            total[part].mul_(decay).add_(row_sums)
+            if need_p and slope is not None:
+                row_sums = p.mul_(slope).sum(1)
+            operands, quiet = (p, weight), None
+            if row_filter is not None:
+                operands, quiet = row_filter.split(
+                    p, row_sums, weight, number, start, moved, total[part], decay
+                )
             if need_u:
-                if slope_y is not None:
-                    miss = miss * slope_y
-                sums = mean_w[part].mul_(-share.unsqueeze(1))
-                sums.addcmul_(w_y.to(acc), miss.unsqueeze(1))
-                u[kept][part] = sums.mul_(head.scale)
-            if row_filter is not None and need_quiet:
-                kept_quiet.append(row_filter.quiet(share))
-    return Forward(logps, lse, u, joined(kept_quiet))
+                add_matmul(mean_w[part].mul_(decay.unsqueeze(1)), *operands)
+                if quiet is not None:
+                    mean_w[part].addr_(*quiet)
+            del z, p, slope, operands, quiet
+        del weight
+    quiet_parts: list[Quiet] = []
+    for part, row_filter in zip(parts, filters):
+        w_y = head.gather(labels[part], dtype)
+        z_y, slope_y = _target_logits(states(part), w_y, labels[part], head, acc)
+        logps[part], share, miss, lse[:, part] = normalize(z_y, total[part], anchor[part])
+        if need_u:
+            if slope_y is not None:
+                miss = miss * slope_y
+            sums = mean_w[part].mul_(-share.unsqueeze(1))
+            sums.addcmul_(w_y.to(acc), miss.unsqueeze(1))
+            u[part] = sums.mul_(head.scale)
+        if row_filter is not None and row_filter.keep:
+            quiet_parts.append(row_filter.quiet(share))
+    return quiet_parts
 
 
 def head_backward(
@@ -269,7 +297,10 @@ def head_backward(
     g = grad_logps * head.scale
     of_quiet, words_of = None, list(blocks.words(head.vocab_size))
     if quiet is not None:
-        states = (hidden.index_select(0, rows[part])[:, columns].to(acc) for part in parts)
+
+        def states(part: slice) -> Tensor:
+            return hidden.index_select(0, rows[part])[:, columns].to(acc)
+
         cuts = [Cut(number, *words) for number, words in enumerate(words_of)]
         of_quiet = QuietGradient(quiet, parts, cuts, g, states)
     # exp(z - lse) is exp(z - lse[0]) but for this factor, which g takes in.
@@ -295,6 +326,7 @@ def head_backward(
             else:
                 weight = whole = weight_block(head, start, end, dtype) if whole is None else whole
             z, slope = _block_logits(h, weight, head, ids, acc, True)
+            del weight
             dz = z.sub_(lse[0, part].unsqueeze(1)).exp_().neg_()
             _replace_targets(dz, y, start, miss[part], words)
             dz.mul_(g[part].unsqueeze(1))
@@ -308,6 +340,9 @@ def head_backward(
                 of_loud = d_weight[words]
                 add_matmul(of_loud, dz.t(), h[:, columns])
                 d_weight[words] = of_loud
+                del of_loud
             del z, dz, slope
+        del whole
         head.add_block_gradient(gradients, start, end, d_weight, d_bias)
+        del d_weight, d_bias
     return gradients

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from importlib import import_module
-from typing import NamedTuple
 
 import torch
 import triton
@@ -36,6 +35,7 @@ from dilkern.backends.base import (
 from dilkern.backends.word_filter import (
     Cut,
     QuietGradient,
+    Sieve,
     expected_words,
     joined,
     words_to_come,
@@ -152,7 +152,7 @@ def forward(
     quiet: list[Quiet] = []
     with on_device(hidden):
         expected = expected_words(hidden, rows, labels, head, blocks) if filtered else labels[:0]
-        sieve = _Sieve(filter_eps, expected, need_quiet) if filtered else None
+        sieve = Sieve(filter_eps, expected, need_quiet) if filtered else None
         for kept in row_blocks(0, n_tokens, blocks.kept):
             quiet += _pass(
                 hidden, rows[kept], labels[kept], head, blocks, own, sieve,
@@ -161,19 +161,11 @@ def forward(
     return Forward(logps, lse, u, joined(quiet))
 
 
-class _Sieve(NamedTuple):
-    """What the word filter is told."""
-
-    eps: float
-    expected: Tensor  # (k,) ascending words
-    keep: bool  # whether the head will ask for `Quiet`
-
-
 class _RowFilter:
     """The filter of one block of rows, through all blocks of words, without a sync."""
 
     def __init__(
-        self, sieve: _Sieve, h: Tensor, labels: Tensor, head: HeadView, blocks: Blocks
+        self, sieve: Sieve, h: Tensor, labels: Tensor, head: HeadView, blocks: Blocks
     ) -> None:
         self._sieve, n = sieve, labels.numel()
         w_y = head.gather(labels, h.dtype)
@@ -241,7 +233,7 @@ def _pass(
     head: HeadView,
     blocks: Blocks,
     own: bool,
-    sieve: _Sieve | None,
+    sieve: Sieve | None,
     logps: Tensor,  # (n,) written, as the next two
     lse: Tensor,  # (2, n)
     u: Tensor,  # (n, D), or (0, D) if not asked for
@@ -354,7 +346,10 @@ def head_backward(
             for words in _pieces(*block, blocks.vocab)
         ]
         words_of = [(cut.start, cut.end) for cut in cuts]
-        rows_of = (hidden.index_select(0, rows[part])[:, columns].float() for part in parts)
+
+        def rows_of(part: slice) -> Tensor:
+            return hidden.index_select(0, rows[part])[:, columns].float()
+
         of_quiet = QuietGradient(quiet, parts, cuts, g, rows_of)
     states = states_of(hidden, rows, parts)
     for number, (start, end) in enumerate(words_of):
@@ -399,9 +394,12 @@ def head_backward(
                 add_matmul(of_words, dz.t(), h[:, columns])
                 if words is not None:  # a copy
                     d_weight[at] = of_words
+                del of_words
             del dz, h, weight
         if dtype is torch.float16 and n_tokens:
             d_weight.mul_(peak)
             d_bias.mul_(peak)
+        del whole
         head.add_block_gradient(gradients, start, end, d_weight, d_bias)
+        del d_weight, d_bias
     return gradients

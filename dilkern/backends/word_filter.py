@@ -14,7 +14,7 @@ N scored tokens, n rows in work, V vocabulary, v words in work, k loud or expect
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -81,7 +81,10 @@ def expected_words(
     liked = min(head.vocab_size // 128, blocks.vocab // 2)
     if liked and hands_out_views(head, hidden.dtype):
         acc = torch.promote_types(hidden.dtype, torch.float32)
-        mean = hidden.index_select(0, rows).mean(0, dtype=acc, keepdim=True).to(hidden.dtype)
+        mean = hidden.new_zeros(1, hidden.shape[1], dtype=acc)
+        for part in blocks.parts(rows.numel()):  # not a copy of all rows
+            mean += hidden.index_select(0, rows[part]).sum(0, dtype=acc)
+        mean = mean.div_(max(1, rows.numel())).to(hidden.dtype)
         score, bias = mean.new_empty(head.vocab_size, dtype=acc), head.bias()
         # Results of one tensor each would hold up the heap between widened blocks.
         for start, end in blocks.words(head.vocab_size):
@@ -115,37 +118,41 @@ def words_to_come(
     return peak, sums.index_select(1, first).t().contiguous()
 
 
+class Sieve(NamedTuple):
+    """What the filter of every block of rows is told."""
+
+    eps: float  # mean probability over the rows below which a word is quiet
+    expected: Tensor  # (k,) ascending words
+    keep: bool  # whether the head will ask for `Quiet`
+
+
 class RowFilter:
     """The filter of one block of rows, through all blocks of words.
 
     Args:
-        eps: mean probability over the rows below which a word is quiet.
+        sieve: what it is told.
         labels: (n,); these words are loud.
         z_y: (n,) their logits.
-        expected: (k,) ascending words.
-        z: (n, k) their logits, overwritten.
+        z: (n, k) logits of the expected words, overwritten.
         blocks: how the words are cut.
         vocab_size: V.
-        keep: whether `quiet` will be asked for.
     """
 
     def __init__(
         self,
-        eps: float,
+        sieve: Sieve,
         labels: Tensor,
         z_y: Tensor,
-        expected: Tensor,
         z: Tensor,
         blocks: Blocks,
         vocab_size: int,
-        keep: bool,
     ) -> None:
-        self._eps, self._z_y = eps, z_y
+        self._eps, self._z_y, self.keep = sieve.eps, z_y, sieve.keep
         self._is_label = torch.zeros(vocab_size, dtype=torch.bool, device=z.device)
         self._is_label[labels] = True
-        self._peak, self._to_come = words_to_come(labels, expected, z, blocks, vocab_size)
-        self._weights = z.new_full((vocab_size if keep else 0,), -1)
-        self._mass = torch.zeros_like(self._to_come[: None if keep else 0])
+        self._peak, self._to_come = words_to_come(labels, sieve.expected, z, blocks, vocab_size)
+        self._weights = z.new_full((vocab_size if sieve.keep else 0,), -1)
+        self._mass = torch.zeros_like(self._to_come[: None if sieve.keep else 0])
 
     def split(
         self,
@@ -218,7 +225,7 @@ class QuietGradient:
         parts: its blocks of rows.
         cuts: of its words, ascending, all of them.
         g: (N,) factor of each row.
-        states: (n, D) of each part.
+        states: gives the hidden states (n, D) of a part, in the dtype of `quiet`.
     """
 
     def __init__(
@@ -227,27 +234,39 @@ class QuietGradient:
         parts: list[slice],
         cuts: list[Cut],
         g: Tensor,
-        states: Iterable[Tensor],
+        states: Callable[[slice], Tensor],
     ) -> None:
-        scaled = [quiet.mass[:, part] * g[part] for part in parts]
-        self._weight = torch.stack([m @ h for m, h in zip(scaled, states)])  # (parts, blocks, D)
-        self._bias = torch.stack([m.sum(1) for m in scaled])  # (parts, blocks)
-        self._q = quiet.weights.clamp_min(0)
-        sums = self._q.new_zeros(len(parts), len(quiet.mass))
+        self._quiet, self._parts, self._cuts = quiet, parts, cuts
+        self._g, self._states = g, states
+        self._bias = torch.stack(
+            [quiet.mass[:, part] @ g[part] for part in parts]
+        )  # (parts, blocks)
+        self._sums = torch.zeros_like(self._bias)
         for cut in cuts:
-            sums[:, cut.number] += self._q[:, cut.start : cut.end].sum(1)
-        self._sums = sums.clamp_min_(torch.finfo(sums.dtype).tiny)
-        loud = quiet.weights < 0
-        before = torch.nn.functional.pad(loud.cumsum(1), (1, 0))
-        self._bounds = before[:, [cut.start for cut in cuts] + [cuts[-1].end]].tolist()
-        self._loud = [row.nonzero().squeeze(1) for row in loud]
-        self._cuts = cuts
+            self._sums[:, cut.number] += self._q(cut).sum(1)
+        self._sums.clamp_min_(torch.finfo(self._sums.dtype).tiny)
+        self._loud = [(row < 0).nonzero().squeeze(1) for row in quiet.weights]
+        edges = torch.tensor([cut.start for cut in cuts] + [cuts[-1].end], device=g.device)
+        self._bounds = torch.stack([torch.searchsorted(x, edges) for x in self._loud]).tolist()
+        self._vectors: tuple[int, Tensor] | None = None
+
+    def _q(self, cut: Cut) -> Tensor:
+        """Return (parts, words) of a cut, 0 for loud words."""
+        return self._quiet.weights[:, cut.start : cut.end].clamp_min(0)
+
+    def _weight(self, number: int) -> Tensor:
+        """Return what the words of a block share, (parts, D): of one block at a time, to be small."""
+        if self._vectors is None or self._vectors[0] != number:
+            mass = self._quiet.mass[number]
+            found = [(mass[part] * self._g[part]) @ self._states(part) for part in self._parts]
+            self._vectors = number, torch.stack(found)
+        return self._vectors[1]
 
     def block(self, i: int) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """Return d_weight (v, D), d_bias (v,), and the loud words of each part; None if all are."""
         number, start, end = self._cuts[i]
-        shares = -(self._q[:, start:end] / self._sums[:, number].unsqueeze(1)).t()
+        shares = -(self._q(self._cuts[i]) / self._sums[:, number].unsqueeze(1)).t()
         words: list[Tensor | None] = []
         for (a, b), found in zip((x[i : i + 2] for x in self._bounds), self._loud):
             words.append(found[a:b] - start if b - a < end - start else None)
-        return shares @ self._weight[:, number], shares @ self._bias[:, number], words
+        return shares @ self._weight(number), shares @ self._bias[:, number], words
