@@ -97,13 +97,19 @@ def test_words_are_decoded_once_per_pass(dtype):
     assert head.words == 3 * V
 
 
+# What takes the most of the workspace: logits, or rows and words; fewer of these in the interpreter.
+SIZES = {"logits": (N, V, D), "rows and words": (512, 1024, 512), "interpreted": (64, 192, 512)}
+
+
 @pytest.mark.parametrize("filter_eps", [0.0, 1e-4])
 @pytest.mark.parametrize("kind", ["dense", "decoded", "lora"])
-@pytest.mark.parametrize("sizes", [(N, V, D), (160, 384, 512)], ids=["logits", "words"])  # the most
+@pytest.mark.parametrize("most", ["logits", "rows and words"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_workspace_is_kept(dtype, sizes, kind, filter_eps):
-    *inputs, head = problem(kind, dtype, *sizes)
-    n, given = sizes[0], (*inputs, *head.tensors())
+def test_the_workspace_is_kept(dtype, most, kind, filter_eps):
+    if most != "logits" and backend().__name__.endswith("triton"):
+        most = "interpreted"
+    *inputs, head = problem(kind, dtype, *SIZES[most])
+    n, given = len(inputs[1]), (*inputs, *head.tensors())
     needed = [True] * len(head.tensors())
     with LiveBytes(*given) as forward:
         out = backend().forward(
