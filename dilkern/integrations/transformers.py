@@ -322,7 +322,8 @@ class PreferenceMixin:
         answers: 2 to run each prompt once for its two answers; see `compute_loss`.
 
     Raises:
-        ValueError: see `install_head`, `check_packing`, `compute_loss` and `preference_loss`.
+        ValueError: an adapter on a layer that lm_head and embedding share; see also `install_head`,
+            `check_packing`, `compute_loss` and `preference_loss`.
 
     Example:
         >>> class MyTrainer(PreferenceMixin, Trainer): ...  # doctest: +SKIP

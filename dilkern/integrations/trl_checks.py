@@ -49,6 +49,7 @@ def check_run(
     pairs = "an unpaired dataset (prompt, completion, label)"
     whole = getattr(peft_config, "modules_to_save", None) or ()
     unused = "the dataset brings ref_chosen_logps" if brought else f"loss {entry.name!r} uses none"
+    batches = ["per_device_train_batch_size", *(["per_device_eval_batch_size"] if evals else [])]
     rules = [
         (
             ref_model is not None and not needs_reference,
@@ -128,9 +129,7 @@ def check_run(
                 f"{name}={getattr(args, name)}",
                 "Raise it; gradient_accumulation_steps may go down for it.",
             )
-            for name in ["per_device_train_batch_size", "per_device_eval_batch_size"][
-                : 2 if evals else 1
-            ]
+            for name in batches
         ),
     ]
     for clash, *words in rules:

@@ -128,5 +128,6 @@ def test_what_is_said_of_the_study_stands_in_its_tables(page, heading):
     study = read("docs/study.md")
     drawn = study[study.index("<!-- study:begin -->") :]
     settings = study[study.index("\n## Set-up") : study.index("<!-- study:begin -->")]
+    assert len(numbers(said)) > 5
     default = {1e-4}  # the learning rate of an adapter
     assert numbers(said) <= numbers(drawn) | numbers(settings) | default
