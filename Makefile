@@ -102,16 +102,16 @@ bench: install
 # On a GPU of your own: every step of docs/dev/gpu.md, each call under 8 minutes, results in OUT; one
 # step: make gpu-suite. For a GPU machine without network: make gpu-pack prints what to run there.
 OUT ?= out/gpu
-GPU_STEPS := tests suite tune steps pairs longest scaling profile
+GPU_STEPS := tests sanitize suite weights filter tune pairs steps longest scaling profile
 bench-gpu: $(GPU_STEPS:%=gpu-%)
 
 gpu-pack: install
-	$(BIN)/python -m tools.gpu pack
+	$(BIN)/python -m tools.pack
 
 # 75: the time of the call was up, so the step goes on where it stopped.
 gpu-%: install
 	status=75; while test $$status -eq 75; do \
-	  $(BIN)/python -m tools.gpu run $* --out $(OUT); status=$$?; done; exit $$status
+	  $(BIN)/python -m tools.gpu $* --out $(OUT); status=$$?; done; exit $$status
 
 check: install
 	$(BIN)/ruff format --check .

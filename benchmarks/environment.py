@@ -30,7 +30,8 @@ from benchmarks.peers import PEERS
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, Any]
-PACK = ROOT / ".whl"  # wheels and the commit, for a machine without network
+# For a machine without network (`tools.pack`): wheels and the commit; parts of real weights.
+PACK, WEIGHTS = ROOT / ".whl", ROOT / ".weights"
 
 
 def _output(*command: str) -> str:
@@ -57,7 +58,7 @@ def fingerprint() -> str:
 def identity() -> dict[str, Any]:
     """Commit and whether tracked or new files differ from it, results of benchmarks aside.
 
-    In a copy without git, what `tools.gpu pack` noted; dirty if the sources have changed since.
+    In a copy without git, what `tools.pack` noted; dirty if the sources have changed since.
     """
     head = _output("git", "rev-parse", "--short=9", "HEAD")
     if head:

@@ -3,8 +3,10 @@
 TRITON_INTERPRET=1 runs the same tests at small sizes on the CPU, all but what is said of the device
 itself: its memory (the peak in test_real_size) and which backend serves it (gpu_only).
 
-Memory errors: `compute-sanitizer --tool memcheck python -m pytest -m gpu tests/gpu -k small`.
+Memory errors and races: `python -m tools.gpu sanitize --out FOLDER`, at small sizes on the GPU.
 """
+
+import hashlib
 
 import pytest
 import torch
@@ -138,6 +140,22 @@ def test_real_size(dtype, product, budget):
     peer = eager_wide(h[some], w, b, labels[some], **options)
     budget.check("logps", got[some].detach(), peer, truth)
     budget.check("grad h", leaf.grad[some], peer_leaf.grad, truth_grad)
+
+
+@pytest.mark.parametrize("filter_eps", [None, 1e-4])
+def test_thirty_runs_have_one_hash(product, filter_eps):
+    shape = sized((4096, 128256, 1024), (70, 150, 72))
+    h, w, _, labels, _ = make(shape, torch.bfloat16)
+    run = {"backend": "triton", "workspace_mib": sized(WORKSPACE, 1), "filter_eps": filter_eps}
+    g = torch.randn(labels.shape, device=DEVICE)
+    hashes = set()
+    for _ in range(sized(30, 3)):
+        got, grads = gradients(lambda h, w: linear_logps(h, w, labels, **run), (h, w), g)
+        digest = hashlib.sha256()
+        for tensor in (got, *grads):
+            digest.update(tensor.view(torch.uint8).cpu().numpy().tobytes())
+        hashes.add(digest.hexdigest())
+    assert len(hashes) == 1
 
 
 def test_more_logits_than_int32_counts(product):

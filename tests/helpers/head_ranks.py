@@ -128,6 +128,8 @@ def fsdp_quantised(rank):
     head = as_head(linear)
     assert torch.equal(head.block(0, 300, torch.float32), want)
     assert torch.equal(head.bias(), bias)
+    if torch.__version__ < "2.12":  # FSDP2 there shards no integers
+        return
     linear = eight_bit_linear()
     shard(linear)
     with pytest.raises(ValueError, match=r"Linear8bitLt without SCB. FSDP2 loses them"):

@@ -1,8 +1,11 @@
 """Where the GPU's tests run, and what their results are held against.
 
 On a GPU at real sizes or, under TRITON_INTERPRET=1, on the CPU at small ones: so their Python has run
-before a GPU is there to find out that it does not.
+before a GPU is there to find out that it does not. DILKERN_SMALL_TESTS=1: small ones on a GPU, for a
+memory checker.
 """
+
+import os
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from interpreter import INTERPRET
 from torch import Tensor
 
 DEVICE = "cpu" if INTERPRET else "cuda"
+SMALL = INTERPRET or os.environ.get("DILKERN_SMALL_TESTS") == "1"
 
 on_gpu_or_interpreter = pytest.mark.skipif(
     not (INTERPRET or torch.cuda.is_available()), reason="no CUDA GPU, and no TRITON_INTERPRET=1"
@@ -18,8 +22,8 @@ gpu_only = pytest.mark.skipif(INTERPRET, reason="there is no such thing on a CPU
 
 
 def sized(real, small):
-    """What a test takes on a GPU, and in the interpreter."""
-    return small if INTERPRET else real
+    """What a test takes on a GPU, and in the interpreter or under a memory checker."""
+    return small if SMALL else real
 
 
 def wide_product(h: Tensor, w: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ FAMILIES = {
 class _Exact:
     """torch, as modeling files see it, without their roundings to fp32."""
 
-    float32 = torch.float64
+    float32 = float = torch.float64
 
     def __getattr__(self, name):
         return getattr(torch, name)
