@@ -102,7 +102,7 @@ bench: install
 # On a GPU of your own: every step of docs/dev/gpu.md, each call under 8 minutes, results in OUT; one
 # step: make gpu-suite. For a GPU machine without network: make gpu-pack prints what to run there.
 OUT ?= out/gpu
-GPU_STEPS := tests sanitize suite weights filter tune pairs steps longest scaling profile
+GPU_STEPS := tests suite weights filter tune pairs steps longest scaling profile
 bench-gpu: $(GPU_STEPS:%=gpu-%)
 
 gpu-pack: install

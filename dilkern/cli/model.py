@@ -6,10 +6,12 @@ import importlib.util
 import re
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from dilkern.validation import nearest, reject
@@ -28,7 +30,8 @@ def locate(
         option: what gave `model`.
 
     Raises:
-        ValueError: GGUF files and none named, one that is not there, or no package to read it.
+        ValueError: GGUF files and none named, one that is not there, or no package to read it; or a
+            transformers that reads another end-of-sequence token out of it than it has.
     """
     path = Path(model)
     if path.suffix == ".gguf" and path.is_file():
@@ -50,9 +53,12 @@ def locate(
                 if option == "--model"
                 else f"Write {option} {path / found[0]}.",
             )
+    remedy = "pip install 'dilkern[models]'"
     if gguf_file is not None and importlib.util.find_spec("gguf") is None:
-        rule = f"{gguf_file} is read with the package gguf"
-        reject(rule, "it is not installed", "pip install 'dilkern[models]'")
+        reject(f"{gguf_file} is read with the package gguf", "it is not installed", remedy)
+    if gguf_file is not None and Version(found := version("transformers")) < Version("5.18"):
+        rule = "transformers reads the special tokens of a GGUF file from 5.18 on"
+        reject(rule, f"{found}, which takes others for them", remedy)
     return model, gguf_file
 
 
