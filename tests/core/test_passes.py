@@ -1,4 +1,4 @@
-"""What a pass over the vocabulary costs beside its products: words decoded, memory.
+"""What a pass over the vocabulary costs beside its products: words decoded, memory; in a fixed order.
 
 On the triton backend: `TRITON_INTERPRET=1 pytest --backend triton tests/core/test_passes.py`.
 """
@@ -126,3 +126,42 @@ def test_the_workspace_is_kept(dtype, most, kind, filter_eps):
     results = sum(x.nbytes for x in gradients)
     # Beside the gradients lists of a few numbers per row.
     assert WORKSPACE / 4 < backward.peak <= WORKSPACE + results + 32 * n
+
+
+class Ordered(TorchDispatchMode):
+    """Refuses what CUDA does under torch.use_deterministic_algorithms, of the likely operations."""
+
+    REFUSED = ("cumsum", "put_", "histc", "bincount", "median", "nll_loss2d_forward")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._overloadpacket.__name__
+        if name in self.REFUSED and any(torch.is_tensor(x) and x.is_floating_point() for x in args):
+            raise RuntimeError(f"CUDA has no deterministic {name}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("filter_eps", [0.0, 1e-4])
+@pytest.mark.parametrize("kind", ["dense", "lora"])
+def test_deterministic_mode_takes_it_and_every_byte_is_written(kind, filter_eps):
+    """The mode fills new memory with NaN and raises at operations that CUDA has in no fixed order."""
+    *inputs, head = problem(kind, torch.float32, 130, 700, 24)
+    needed, g = [True] * len(head.tensors()), torch.randn(130)
+
+    def results():
+        options = {"workspace_bytes": WORKSPACE // 8}
+        out = backend().forward(
+            *inputs, head, need_u=True, filter_eps=filter_eps, need_quiet=filter_eps > 0, **options
+        )
+        gradients = backend().head_backward(
+            *inputs, head, out.logps, out.lse, g, out.quiet, needed=needed, **options
+        )
+        return *out[:3], *gradients
+
+    want = results()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with Ordered():
+            got = results()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(mine, asked) for mine, asked in zip(got, want, strict=True))
