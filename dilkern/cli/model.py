@@ -56,9 +56,9 @@ def locate(
     remedy = "pip install 'dilkern[models]'"
     if gguf_file is not None and importlib.util.find_spec("gguf") is None:
         reject(f"{gguf_file} is read with the package gguf", "it is not installed", remedy)
-    if gguf_file is not None and Version(found := version("transformers")) < Version("5.18"):
+    if gguf_file is not None and Version(installed := version("transformers")) < Version("5.18"):
         rule = "transformers reads the special tokens of a GGUF file from 5.18 on"
-        reject(rule, f"{found}, which takes others for them", remedy)
+        reject(rule, f"{installed}, which takes others for them", remedy)
     return model, gguf_file
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dilkern.output import PreferenceLossOutput, joined, preference_metrics
 
@@ -21,11 +22,21 @@ class LoggedOutputs:
     def __init__(self) -> None:
         self._kept: dict[bool, list[PreferenceLossOutput]] = {True: [], False: []}
 
-    def keep(self, training: bool, output: PreferenceLossOutput, accelerator: Any) -> None:
+    def keep(
+        self,
+        training: bool,
+        output: PreferenceLossOutput,
+        accelerator: Any,
+        is_chosen: Tensor | None = None,  # (S,) of an unpaired batch
+    ) -> None:
         """Keep an output, with the sequences of all ranks; called on each of them."""
         kept = self._kept[training]
         output = output._replace(loss=output.loss.detach())
-        kept.append(_over_ranks(output, accelerator) if accelerator.num_processes > 1 else output)
+        if accelerator.num_processes > 1:
+            if not training:
+                output = _without_repeats(output, accelerator, is_chosen)
+            output = _over_ranks(output, accelerator)
+        kept.append(output)
         if len(kept) == _AT_ONCE:
             kept[:] = [joined(kept)]
 
@@ -57,6 +68,31 @@ class LoggedOutputs:
             for name, value in zip(metrics, values)
             if not any(word in name for word in left_out)
         }
+
+
+def _without_repeats(
+    output: PreferenceLossOutput, accelerator: Any, is_chosen: Tensor | None
+) -> PreferenceLossOutput:
+    """Return what this rank's batch adds to an evaluation.
+
+    Where the samples do not fill the last batches of all ranks, accelerate repeats some.
+    """
+    state = accelerator.gradient_state
+    if not state.end_of_dataloader or state.remainder <= 0:
+        return output
+    count = output.chosen_logps.numel() if is_chosen is None else is_chosen.numel()
+    own = max(0, state.remainder - accelerator.process_index * count)
+    chosen = rejected = own
+    if is_chosen is not None:
+        chosen, rejected = (int(side[:own].sum()) for side in (is_chosen, ~is_chosen))
+    first = {"chosen_": chosen, "rejected_": rejected}
+    columns: dict[str, Any] = {
+        name: getattr(output, name)[:most]
+        for name in output._fields
+        for side, most in first.items()
+        if name.startswith(side)
+    }
+    return output._replace(**columns)
 
 
 def _over_ranks(output: PreferenceLossOutput, accelerator: Any) -> PreferenceLossOutput:

@@ -377,7 +377,8 @@ class PreferenceMixin:
         output = compute_loss(
             model, inputs, ref_model=self.ref_model, loss=self.objective, answers=self.answers
         )
-        self._outputs.keep(self.model.training, output, self.accelerator)
+        is_chosen = inputs.get("is_chosen")
+        self._outputs.keep(self.model.training, output, self.accelerator, is_chosen)
         if not return_outputs:
             return output.loss
         ratios = torch.cat([output.chosen_log_ratios, output.rejected_log_ratios])

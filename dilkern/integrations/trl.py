@@ -542,7 +542,7 @@ class DILTrainer(DPOTrainer):  # type: ignore[misc]
         output, aux_loss = loss_of(parts[-1])
         output = joined([*outputs, output])
         loss = output.loss
-        self._outputs.keep(mode == "train", output, self.accelerator)
+        self._outputs.keep(mode == "train", output, self.accelerator, is_chosen)
         metrics = {}
         if kl_log_ratios is not None:
             metrics["kl"] = kl_log_ratios.mean().clamp(min=0).item()

@@ -23,13 +23,15 @@ class PreferenceTrainer(PreferenceMixin, Trainer):
 def plain_trainer(folder, out, batch):
     args = TrainingArguments(
         out, use_cpu=True, report_to="none", learning_rate=0.1, optim="sgd", max_steps=3,
-        per_device_train_batch_size=batch, logging_steps=1, save_strategy="no", disable_tqdm=True,
+        per_device_train_batch_size=batch, per_device_eval_batch_size=batch, logging_steps=1,
+        save_strategy="no", disable_tqdm=True,
         remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
     return PreferenceTrainer(
         AutoModelForCausalLM.from_pretrained(folder),
         args,
         train_dataset=tiny.pairs(16),
+        eval_dataset=tiny.pairs(5),
         data_collator=PreferenceCollator(tiny.tokenizer()),
         preference={"loss": "simpo"},
     )
@@ -46,6 +48,7 @@ def dil_trainer(kind, folder, out, batch):
         optim="sgd",  # Adam turns rounding of near-zero gradients into whole steps
         max_steps=3,
         per_device_train_batch_size=batch,
+        per_device_eval_batch_size=batch,
         logging_steps=1,
         save_strategy="no",
         disable_tqdm=True,
@@ -60,6 +63,8 @@ def dil_trainer(kind, folder, out, batch):
         folder,
         args=args,
         train_dataset=tiny.unpaired(24) if kind == "unpaired" else tiny.dataset(16),
+        # No multiple of what all ranks take at once.
+        eval_dataset=tiny.unpaired(5) if kind == "unpaired" else tiny.dataset(5),
         processing_class=tiny.tokenizer(),
         peft_config=adapter if kind == "lora" else None,
     )
@@ -70,6 +75,7 @@ def run(kind, folder, out, batch):
     mixed = kind == "mixin"
     trainer = plain_trainer(folder, out, batch) if mixed else dil_trainer(kind, folder, out, batch)
     trainer.train()
+    trainer.evaluate()
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}

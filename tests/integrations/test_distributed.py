@@ -57,9 +57,11 @@ def test_two_processes_train_as_one(runs, kind):
     moved = [(w - start[n]).abs().max() if n in start else w.abs().max() for n, w in want.items()]
     assert max(moved) > 1e-3
     logs = [json.loads((out / "log.json").read_text()) for out in (two, one)]
-    names = ["logps/chosen", "logps/rejected", "rewards/margins", "num_tokens"]
-    for have, want in zip(*logs):
-        for name in set(names) & set(want):
+    names = {"logps/chosen", "logps/rejected", "rewards/margins", "length/rejected", "num_tokens"}
+    names |= {f"eval_{name}" for name in names}
+    for have, want in zip(*logs, strict=True):
+        assert len(names & set(want)) > 1 or "train_runtime" in want
+        for name in names & set(want):
             assert have[name] == pytest.approx(want[name], rel=1e-4, abs=1e-5), name
 
 
