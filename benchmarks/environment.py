@@ -26,12 +26,10 @@ import torch
 import dilkern
 from benchmarks import cases
 from benchmarks.peers import PEERS
+from benchmarks.real_models import PACK, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, Any]
-# For a machine without network (`tools.pack`): wheels and the commit; parts of real weights.
-PACK, WEIGHTS = ROOT / ".whl", ROOT / ".weights"
 
 
 def _output(*command: str) -> str:

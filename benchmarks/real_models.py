@@ -28,7 +28,13 @@ from torch import Tensor
 
 from dilkern.validation import reject
 
-HH = Path(__file__).resolve().parents[2] / "shared" / "data" / "hh_harmless_1799.jsonl"
+ROOT = Path(__file__).resolve().parent.parent
+# For a machine without network (`tools.pack`): wheels, data and the commit; parts of real weights.
+PACK, WEIGHTS = ROOT / ".whl", ROOT / ".weights"
+# Human preferences.
+_SHARED = ROOT.parent / "shared" / "data"
+DATA = _SHARED if _SHARED.exists() or not PACK.exists() else PACK
+HH, INSTRUCTIONS = DATA / "hh_harmless_1799.jsonl", DATA / "preferences_en_300.jsonl"
 CUT = 256  # tokens of a dialogue
 
 

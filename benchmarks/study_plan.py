@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.real_models import HH, appearing, cache
+from benchmarks.real_models import HH, INSTRUCTIONS, appearing, cache
 from dilkern.losses import LOSSES
 from dilkern.objective import Objective
 from dilkern.validation import reject
@@ -100,7 +100,7 @@ class Setup:
 
     model: str = "smollm2"  # or a folder with a model and its tokenizer
     data: str = str(HH)
-    other: str = str(HH.with_name("preferences_en_300.jsonl"))
+    other: str = str(INSTRUCTIONS)
     pairs: int = 256  # to train on, one epoch
     batch: int = 4  # pairs per step
     validation: int = 104

@@ -22,8 +22,8 @@ import torch
 import typer
 
 from benchmarks.cases import CASE_SETS
-from benchmarks.environment import PACK, ROOT, WEIGHTS, beside, default_stem
-from benchmarks.real_models import HH, SOURCES, cache
+from benchmarks.environment import beside, default_stem
+from benchmarks.real_models import PACK, ROOT, SOURCES, WEIGHTS, cache
 from benchmarks.run import UNFINISHED
 
 LIMIT_S = 470  # a call to the lent machine ends at 600 s, its install and start included
@@ -61,14 +61,21 @@ def commands(step: str, stem: Path, tiny: bool) -> list[list[str]]:
         return at_tiny.split() if tiny else full.split()
 
     pytest = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu"]
+    # Hundreds of kernels are compiled, each once for all: the time of one process would not do.
+    at_once = by_size("-q", "-n 8")
     if step == "tests":
-        return [[*pytest, *by_size("-q -k nf4_bits"), "tests/gpu", "tests/heads"]]
+        return [[*pytest, *at_once, *by_size("-k nf4_bits"), "tests/gpu", "tests/heads"]]
     if step == "sanitize":
-        checker = ["env", *SANITIZED, "compute-sanitizer", "--kernel-name", f"regex={KERNELS}"]
-        checker += ["--error-exitcode", "9", "--print-limit", "10", "--tool"]
         which = ["tests/gpu/test_gpu.py", "-k", "nf4_bits" if tiny else "not compiled"]
-        tools = ("memcheck", "racecheck")
-        return [[*(() if tiny else (*checker, t)), *pytest, *which] for t in tools]
+        small, checker = ["env", *SANITIZED], ["compute-sanitizer", "--kernel-name"]
+        checker += [f"regex={KERNELS}", "--error-exitcode", "9", "--print-limit", "10", "--tool"]
+        return [
+            [*(() if tiny else small), *pytest, *at_once, *which],  # compiles them
+            *(
+                [*small, *checker, tool, *pytest, *which]
+                for tool in by_size("", "memcheck racecheck")
+            ),
+        ]
     if step == "suite":
         which = by_size(
             "--cases tiny --peers naive,dilkern-triton --rounds 1 --no-processes",
@@ -117,8 +124,6 @@ def commands(step: str, stem: Path, tiny: bool) -> list[list[str]]:
             module("benchmarks.report", "draw", f"{stem}-scaling.csv"),
         ]
     if step == "pairs":
-        packed = PACK / HH.name
-        data = ("--data", str(packed)) if packed.exists() else ()
         tiny_run = (
             "--models smollm2 --pairs 2 --max-length 200 --variants trl,shared --no-processes"
         )
@@ -129,7 +134,7 @@ def commands(step: str, stem: Path, tiny: bool) -> list[list[str]]:
         )
         runs = [f"{tiny_run} --losses dpo --steps 1 --rounds 1"] if tiny else full
         return [
-            *(module("benchmarks.pairs", *here, *data, *r.split(), *out("pairs")) for r in runs),
+            *(module("benchmarks.pairs", *here, *r.split(), *out("pairs")) for r in runs),
             module("benchmarks.report", "goals", f"{stem}-pairs.csv"),
         ]
     if step == "profile":

@@ -21,8 +21,17 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.environment import PACK, ROOT, WEIGHTS, identity
-from benchmarks.real_models import HH, SOURCES, cache, model_folder
+from benchmarks.environment import identity
+from benchmarks.real_models import (
+    HH,
+    INSTRUCTIONS,
+    PACK,
+    ROOT,
+    SOURCES,
+    WEIGHTS,
+    cache,
+    model_folder,
+)
 from tools.gpu import STEPS
 
 app = typer.Typer(add_completion=False, help="What travels to a GPU machine without network.")
@@ -139,7 +148,8 @@ def pack(context: typer.Context) -> None:
     download(PACK, [*map(pinned, WHEELS)], *tags)
     heavy = shutil.ignore_patterns("*.safetensors")  # the shape and the tokenizer can travel
     shutil.copytree(model_folder("smollm2"), PACK / "cache" / "smollm2", ignore=heavy)
-    shutil.copy(HH, PACK)
+    for data in (HH, INSTRUCTIONS):
+        shutil.copy(data, PACK)
     (PACK / "commit.json").write_text(json.dumps(identity()) + "\n")
     tree = mib(working_tree())
     size = tree + mib([*PACK.rglob("*")])

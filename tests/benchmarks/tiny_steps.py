@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks import real_models
 from tools import gpu
 
 if __name__ == "__main__":
     folder, pack, *steps = sys.argv[1:]
-    gpu.PACK = Path(pack)
+    real_models.HH = Path(pack) / real_models.HH.name
+    real_models.WEIGHTS = Path(folder, "none")
     for step in steps:
         stem = Path(folder, step, "tiny")
         stem.parent.mkdir()

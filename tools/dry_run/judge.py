@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import triton
 
-from benchmarks.environment import RESULTS, ROOT, insert, markdown, read_rows, write_rows
+from benchmarks.environment import RESULTS, insert, markdown, read_rows, write_rows
+from benchmarks.real_models import ROOT
 from tools.dry_run.capture import ARCHITECTURES, Seen
 from tools.dry_run.read import Compiled
 
