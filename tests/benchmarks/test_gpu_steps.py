@@ -263,9 +263,12 @@ def test_what_has_come_is_unpacked_and_the_shape_stands_in_for_what_has_not(
     monkeypatch.setattr(pack, "WEIGHTS", tmp_path)
     monkeypatch.setenv("DILKERN_CACHE", "nowhere")
 
+    missing = {"smollm2"}
+
     def made(name: str, wheels: Path) -> Path:
         assert wheels == tmp_path / "wheels" and real_models.cache() == tmp_path / "cache"
-        if name == "smollm2":
+        assert not (tmp_path / "cache" / name).exists()
+        if name in missing:
             raise ValueError("part 2 is missing")
         return Path("/made", name)
 
@@ -274,6 +277,9 @@ def test_what_has_come_is_unpacked_and_the_shape_stands_in_for_what_has_not(
     text = capsys.readouterr().out
     assert "smollm2: part 2 is missing" in text and "/made/gemma3-270m" in text
     assert (tmp_path / "cache" / "smollm2" / "config.json").exists()
+    missing.clear()  # it comes with a later call
+    pack.unpack()
+    assert "/made/smollm2" in capsys.readouterr().out
 
 
 def test_tune_refuses_wrong_numbers_and_failures() -> None:
