@@ -124,17 +124,21 @@ def commands(step: str, stem: Path, tiny: bool) -> list[list[str]]:
             module("benchmarks.report", "draw", f"{stem}-scaling.csv"),
         ]
     if step == "pairs":
-        tiny_run = (
-            "--models smollm2 --pairs 2 --max-length 200 --variants trl,shared --no-processes"
-        )
-        # 8k tokens per step, TRL's padding not counted.
-        full = (
-            "--models smollm2,llama-3.2-1b --pairs 20",
-            "--models qwen3-8b --pairs 20 --steps 1",
-        )
-        runs = [f"{tiny_run} --losses dpo --steps 1 --rounds 1"] if tiny else full
+        runs = [
+            by_size(
+                "--models smollm2 --losses dpo --pairs 2 --steps 1 --rounds 1 --max-length 200 "
+                "--variants trl,shared --no-processes",
+                # 8k tokens per step, TRL's padding not counted.
+                "--models smollm2,llama-3.2-1b --pairs 20",
+            ),
+            by_size(
+                "",
+                "--models qwen3-8b --pairs 20 --steps 1 "
+                "--variants trl,trl-logits,shared,shared+filter",
+            ),
+        ]
         return [
-            *(module("benchmarks.pairs", *here, *r.split(), *out("pairs")) for r in runs),
+            *(module("benchmarks.pairs", *here, *r, *out("pairs")) for r in runs if r),
             module("benchmarks.report", "goals", f"{stem}-pairs.csv"),
         ]
     if step == "profile":
