@@ -61,8 +61,9 @@ def _finish_rows_kernel(
     low = tl.where(top == -float("inf"), 0.0, top * LN2_LOW)
     lead = (z_y - top * LN2_HIGH) - low
     ahead = lead > 0
-    # `lead` may be inf, of which `exp` knows nothing; e^-200 is 0.
-    small = exp(-tl.minimum(tl.abs(lead), 200.0))
+    # `lead` may be inf, of which `exp` knows nothing, and e^-200 is 0; or NaN, which a minimum loses.
+    distance = tl.abs(lead)
+    small = exp(-tl.where(distance > 200.0, 200.0, distance))
     over = log1p(total * small)
     rest = tl.log2(total + small) * LN2
     tl.store(logps_ptr + offs_t, tl.where(ahead, -over, lead - rest), mask=mask_t)

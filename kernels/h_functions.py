@@ -3,7 +3,7 @@
 Each takes f, whether the sequence is chosen, the limit C and the parameter of h (0 where it has none),
 and returns l_1(f) and its slope for a chosen sequence, l_-1(f) and its slope for a rejected one. Beyond
 C an exponential goes on as its tangent (14 in docs/math.md): with g = min(f, C), e^{kf} becomes
-e^{kg} (1 + k (f - g)). C = inf: none.
+e^{kg} (1 + k (f - g)). C = inf: none. By `where`: on a GPU the minimum of NaN and C is C.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dilkern.kernels.tile_math import LN2, exp, log1p
 @triton.jit
 def lsif(f, chosen, limit, param):
     """l_1 = -e^f, l_-1 = e^{2f} / 2."""
-    g = tl.minimum(f, limit)
+    g = tl.where(f > limit, limit, f)
     past = f - g
     e = exp(g)
     value = tl.where(chosen, -e * (1.0 + past), 0.5 * e * e * (1.0 + 2.0 * past))
@@ -27,7 +27,7 @@ def lsif(f, chosen, limit, param):
 @triton.jit
 def ukl(f, chosen, limit, param):
     """l_1 = -f, l_-1 = e^f."""
-    g = tl.minimum(f, limit)
+    g = tl.where(f > limit, limit, f)
     e = exp(g)
     return tl.where(chosen, -f, e * (1.0 + (f - g))), tl.where(chosen, -1.0, e)
 
@@ -36,7 +36,7 @@ def ukl(f, chosen, limit, param):
 def _softplus(x):
     """log(1 + e^x) and the sigmoid of x."""
     small = exp(-tl.abs(x))
-    return tl.maximum(x, 0.0) + log1p(small), tl.where(x > 0, 1.0, small) / (1.0 + small)
+    return tl.where(x < 0, 0.0, x) + log1p(small), tl.where(x > 0, 1.0, small) / (1.0 + small)
 
 
 @triton.jit
@@ -75,7 +75,8 @@ def power(f, chosen, limit, param):
     k = tl.where(chosen, param, 1.0 + param)
     sign = tl.where(chosen, -1.0, 1.0)
     # It grows upwards for k > 0 and downwards for k < 0: the limit acts there.
-    g = tl.where(k > 0, tl.minimum(f, limit), tl.where(k < 0, tl.maximum(f, -limit), f))
+    above, below = (k > 0) & (f > limit), (k < 0) & (f < -limit)
+    g = tl.where(above, limit, tl.where(below, -limit, f))
     x = k * g
     e = exp(x)
     # expm1 to the last digits: the error of e - 1 cancels against that of log(e).

@@ -14,6 +14,7 @@ from naive import gather_logps
 from peers import DEVICE, gpu_only, on_gpu_or_interpreter, sized, wide_product
 
 from dilkern import DenseHead, filter_report, linear_logps
+from dilkern.backends import base
 from dilkern.kernels import configs, h_functions
 from dilkern.kernels.nf4_dequant import Packed4bit, nf4_dequant
 from dilkern.kernels.sequence_loss import sequence_loss
@@ -158,14 +159,22 @@ def test_thirty_runs_have_one_hash(product, filter_eps):
     assert len(hashes) == 1
 
 
-def test_more_logits_than_int32_counts(product):
-    """T V > 2^31: the last rows must be those of a run of their own."""
+def test_more_logits_than_int32_counts(product, monkeypatch):
+    """A block of more than 2^31 logits: the last rows must be those of a run of their own."""
     shape, last = sized((20000, 128256, 512), (90, 150, 40)), sized(64, 9)
     h, w, _, labels, _ = make(shape, torch.bfloat16)
     assert shape[0] * shape[1] > sized(2**31, 0)
-    whole = linear_logps(h, w, labels, backend="triton", workspace_mib=8192)
-    tail = linear_logps(h[-last:], w, labels[-last:], backend="triton", workspace_mib=8192)
+
+    def run(h, labels):
+        return gradients(lambda h: linear_logps(h, w, labels, backend="triton"), (h,), g[-len(h) :])
+
+    g = torch.randn(shape[0], device=DEVICE)
+    tail, (tail_grad,) = run(h[-last:], labels[-last:])
+    one = base.Blocks(kept=shape[0], rows=shape[0], vocab=shape[1])
+    monkeypatch.setattr(base.load("triton"), "plan", lambda *_, **__: one)
+    whole, (grad,) = run(h, labels)
     torch.testing.assert_close(whole[-last:], tail, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad[-last:], tail_grad, rtol=2e-2, atol=1e-3)  # rounded to bf16
 
 
 def test_confident_tokens_keep_their_gradient(product):
@@ -185,8 +194,6 @@ def test_confident_tokens_keep_their_gradient(product):
 
 @gpu_only
 def test_auto_is_triton_and_fp64_goes_to_torch():
-    from dilkern.backends import base
-
     device = torch.device("cuda")
     assert base.resolve("auto", device, torch.bfloat16) is base.load("triton")
     assert base.resolve("auto", device, torch.float64) is base.load("torch")
@@ -241,6 +248,25 @@ def test_sequence_loss_against_autograd(name, budget):
     (peer_loss, peer_grad), (loss, grad) = results
     budget.check("loss", got.loss, peer_loss, loss)
     budget.check("grad", got.grad, peer_grad, grad)
+
+
+@pytest.mark.parametrize("name", ["lsif", "ukl", "bce", "nce", "brier", "power"])
+def test_a_sequence_of_nan_has_a_gradient_of_nan(name):
+    """And no other has: on a GPU the minimum of NaN and a number is the number."""
+    length, sequences = 5, 4
+    bounds = torch.arange(0, length * sequences + 1, length, device=DEVICE)
+    scored = torch.ones(length * sequences, dtype=torch.bool, device=DEVICE)
+    chosen = torch.tensor([True, True, False, False], device=DEVICE)
+    ref = torch.tensor([0.0, float("nan"), float("nan"), 0.0], device=DEVICE)
+    options = {"h": getattr(h_functions, name), "ref_logps": ref, "param": 0.5}
+    one = torch.ones(sequences, device=DEVICE)
+    got = sequence_loss(
+        -torch.rand(scored.shape, device=DEVICE), scored, bounds, chosen, one, **options
+    )
+    lost = got.grad.view(sequences, length).isnan()
+    # The slope of -f is -1, whatever f is.
+    want = [False, name != "ukl", True, False]
+    assert lost.all(1).tolist() == lost.any(1).tolist() == want
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -311,7 +311,17 @@ def test_qlora_model_loaded_with_a_quantised_head(load, tmp_path, device):
     assert isinstance(base, FourBitHead if load == "load_in_4bit" else EightBitHead)
     ids = some_ids()
     parameters = [p for n, p in model.named_parameters() if "lora_" in n]
-    got = head_logps(model, model.get_base_model().base_model, head, ids)
+    backbone = model.get_base_model().base_model
+    got = head_logps(model, backbone, head, ids)
+    layer = model.get_base_model().lm_head
+    added = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    decoded = base.block(0, VOCAB, torch.float32) + layer.scaling["default"] * added
+    logits = backbone(input_ids=ids).last_hidden_state[:, :-1].float() @ decoded.T
+    torch.testing.assert_close(
+        got[:, 1:], gather_logps(logits, ids[:, 1:]), atol=1e-4, rtol=1e-4, check_dtype=False
+    )
+    if device == "cuda" and load == "load_in_8bit":
+        return  # there the layer itself multiplies rounded activations
     want = model_logps(model, ids)
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     grads = [torch.autograd.grad(x.sum(), parameters) for x in (got, want)]

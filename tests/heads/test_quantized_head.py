@@ -151,9 +151,9 @@ def test_the_word_filter_sees_the_decoded_weight(kind):
     head = as_head(linear)
     weight = head.block(0, 2048, torch.float64)
     torch.manual_seed(1)
-    common = 0.4 * torch.randn(D, dtype=torch.float64)
-    hidden = (0.2 * torch.randn(64, D, dtype=torch.float64) + common).requires_grad_()
-    labels = torch.randint(0, 2048, (64,))
+    common = 0.4 * leaf(D, grad=False)
+    hidden = (0.2 * leaf(64, D, grad=False) + common).requires_grad_()
+    labels = placed(torch.randint(0, 2048, (64,)))
 
     def gradient(lm_head, **options):
         logps = linear_logps(hidden, lm_head, labels, **options)
