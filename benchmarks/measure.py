@@ -138,7 +138,8 @@ class Task:
     def first(self) -> dict[str, float]:
         """Warm the libraries up (on a small problem, or by compiling), then watch one run."""
         found: dict[str, float] = {}
-        if self.peer.compiles:
+        on_gpu = self.inputs.device.type == "cuda"
+        if self.peer.compiles or (self.peer.compiles_on_gpus and on_gpu):
             found["compile_s"] = self.run().total
             self.inputs.clear_grads()
         else:
@@ -180,6 +181,22 @@ class WorkerFailed(RuntimeError):
     """A request raised in its task, or the process is gone."""
 
 
+class DeviceLost(RuntimeError):
+    """A task has left the GPU in a state in which nothing runs in this process any more."""
+
+    task = ""  # its name
+
+
+def device_is_lost() -> bool:
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 load = partial(torch.load, weights_only=False)
 
 
@@ -205,6 +222,8 @@ class Local:
             return getattr(self.task, name)(*values)
         except Exception as error:
             failed = WorkerFailed(f"{type(error).__name__}: {error}")
+        if device_is_lost():
+            raise DeviceLost(str(failed))
         # Outside the except block: the traceback holds the tensors of the failed call.
         self.close()
         raise failed
@@ -214,7 +233,8 @@ class Local:
             self.task.close()
         self.task = None
         gc.collect()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # of a lost device
+            torch.cuda.empty_cache()
 
 
 def _serve(connection: Any, factory: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -297,6 +317,9 @@ def interleave(
                 continue
             try:
                 mine.append(jobs[name]())
+            except DeviceLost as lost:
+                lost.task = name
+                raise
             except WorkerFailed as error:
                 if name == yardstick:
                     raise
@@ -336,6 +359,9 @@ def contest(
                     jobs[name] = partial(task.call, "run")
                     continue
                 rows[name] |= {"status": "refused", "reason": reason}
+            except DeviceLost as lost:
+                lost.task = name
+                raise
             except WorkerFailed as failed:
                 rows[name] |= failure(failed)
             task.close()

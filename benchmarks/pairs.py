@@ -168,6 +168,9 @@ def make_trainer(variant: str, setup: Setup, pairs: list[dict[str, Any]], out: s
         peft_config=LoraConfig(r=setup.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     trainer.asked = setup.loss
+    if setup.is_big:  # which trainers of transformers do in `train`
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        assert trainer.model.is_gradient_checkpointing
     rng = torch.Generator().manual_seed(SEED)
     with torch.no_grad():  # the same for all, whatever was drawn before
         for name, parameter in trainer.model.named_parameters():

@@ -40,6 +40,7 @@ class Peer:
     output: str = "token_logps"
     note: str = ""
     compiles: bool = False  # the first call compiles; its memory and time are kept apart
+    compiles_on_gpus: bool = False
     cuda_only: bool = False
     softcap: bool = True
     layers: bool = False  # takes NF4 and LoRA layers
@@ -263,6 +264,7 @@ _LIST = (
         "liger-dpo",
         call=liger_dpo,
         output="dpo_loss",
+        compiles_on_gpus=True,
         note="LigerFusedLinearDPOLoss, one pair per chunk; compiled on GPUs only",
     ),
     _flce("liger-flce", call=liger_flce, note="reduction none"),

@@ -20,7 +20,7 @@ import typer
 
 from benchmarks.cases import CASE_SETS, Case
 from benchmarks.environment import append_rows, begin, beside, default_stem, read_rows
-from benchmarks.measure import Plan, failure, measure_group, problem
+from benchmarks.measure import DeviceLost, Plan, failure, measure_group, problem
 from benchmarks.peers import Peer, select
 from benchmarks.tables import table
 
@@ -67,17 +67,23 @@ def run(
             print(f"{end - began:.0f} s of the budget are left: stopping before {case.key}")
             return False
         print(f"{number} of {len(todo)}: {case.key}", flush=True)
+        lost = False
         try:
             rows = measure_group(case, mine, device, replace(plan, deadline=end), remote)
         except (RuntimeError, MemoryError) as error:
-            # The truth or the bare GEMM did not fit or failed: no peer can be judged.
             traceback.print_exc()
-            failed = failure(f"harness: {type(error).__name__}: {error}")
+            lost = isinstance(error, DeviceLost)
+            # Without the truth or the bare GEMM no peer can be judged; a lost device has one at fault.
+            at_fault = [peer for peer in mine if lost and peer.name == error.task] or mine
+            failed = failure(f"{'' if lost else 'harness: '}{type(error).__name__}: {error}")
             shared = {"case": case.key} | asdict(case) | failed
-            rows = [shared | {"peer": peer.name, "output": peer.output} for peer in mine]
+            rows = [shared | {"peer": peer.name, "output": peer.output} for peer in at_fault]
             problem.cache_clear()
-        torch.cuda.empty_cache()
         append_rows(file, rows)
+        if lost:
+            print(table(rows), "The others are left to another process.", flush=True)
+            return False
+        torch.cuda.empty_cache()
         print(table(rows), flush=True)
         longest = max(longest, time.monotonic() - began)
     return True

@@ -13,7 +13,7 @@ adapter. Three ways to the log-probs, everything else the same:
 The first step's loss and adapter gradient must agree with an fp64 copy of the model (of a 4-bit one,
 of its decoded weights) within twice the error of naive; of a model with `checked_pairs` that is judged
 on the first pairs of the batch. `--cap-gib 24` asks another question: the longest sequence whose step
-fits, found by bisection, one pair per step. Models that the result file has are not measured again.
+fits, found by bisection, one pair per step. What the result file has is not measured again.
 """
 
 from __future__ import annotations
@@ -289,22 +289,21 @@ def longest(trial: Callable[[int], bool], unit: int, most: int) -> int:
     return unit * bisect.bisect(lengths, False, key=lambda length: not trial(length))
 
 
-def longest_under(setup: Setup, cap_gib: float, unit: int, most: int) -> list[dict[str, Any]]:
-    """One row per method: the longest sequence whose step fits under `cap_gib` of GPU memory."""
+def longest_under(
+    setup: Setup, method: str, cap_gib: float, unit: int, most: int
+) -> list[dict[str, Any]]:
+    """The row of a method: the longest sequence whose step fits under `cap_gib` of GPU memory."""
     if setup.device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * 2**30 / total))
-    rows = []
-    for method in METHODS:
-        task = measure.Local(StepTask, setup, torch.get_num_threads(), method)
-        row = {"method": method} | asdict(setup) | {"cap_gib": cap_gib, "status": "ok"}
-        try:
-            row["length"] = longest(partial(task.call, "fits"), unit, most)
-        except measure.WorkerFailed as failed:
-            row |= measure.failure(failed)
-        task.close()
-        rows.append(row)
-    return rows
+    task = measure.Local(StepTask, setup, torch.get_num_threads(), method)
+    row = {"method": method} | asdict(setup) | {"cap_gib": cap_gib, "status": "ok"}
+    try:
+        row["length"] = longest(partial(task.call, "fits"), unit, most)
+    except measure.WorkerFailed as failed:
+        row |= measure.failure(failed)
+    task.close()
+    return [row]
 
 
 def setups(device: str, names: list[str]) -> list[Setup]:
@@ -312,7 +311,8 @@ def setups(device: str, names: list[str]) -> list[Setup]:
     if device != "cuda":
         return [Setup(name) for name in names]
     batch: dict[str, Any] = {"pairs": 4, "length": 1024, "prompt": 256, "device": device}
-    big = {"four_bit": True, "checkpoint": True, "checked_pairs": 1}
+    batch["checked_pairs"] = 1  # the fp64 copy's activations of all would hardly fit
+    big = {"four_bit": True, "checkpoint": True}
     return [
         Setup(name, dtype="bfloat16", **batch, **(big if name.endswith("8b") else {}))
         for name in names
@@ -338,17 +338,22 @@ def main(
     names = models or ("llama-3.2-1b,qwen3-8b" if device == "cuda" else "tiny-llama-32k")
     stem = out or default_stem(where, "longest" if cap_gib else "steps")
     table = beside(stem, ".csv")
-    done = {row["model"] for row in read_rows(table)}
-    todo = setups(device, [name for name in names.split(",") if name not in done])
+    done = {(row["model"], row["method"]) for row in read_rows(table)}
+    missing = {
+        setup: [method for method in METHODS if (setup.model, method) not in done]
+        for setup in setups(device, names.split(","))
+    }
+    todo: list[Callable[[], list[dict[str, Any]]]] = []
+    for setup, methods in missing.items():
+        if not cap_gib and methods:
+            todo.append(partial(steps, setup, rounds, processes))
+            continue
+        one = replace(setup, pairs=1, checkpoint=True)
+        todo += [partial(longest_under, one, method, cap_gib, unit, most) for method in methods]
     if todo:
         begin(stem, where)
-    for setup in todo:
-        print(setup, flush=True)
-        if cap_gib:
-            rows = longest_under(replace(setup, pairs=1, checkpoint=True), cap_gib, unit, most)
-        else:
-            rows = steps(setup, rounds, processes)
-        append_rows(table, rows)  # a call that is cut off leaves its models
+    for measure_next in todo:
+        append_rows(table, measure_next())  # a call that is cut off leaves what is done
         beside(stem, ".md").write_text(steps_table(read_rows(table)))
     print(f"{steps_table(read_rows(table))}{table}")
 

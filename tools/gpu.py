@@ -23,10 +23,12 @@ import typer
 
 from benchmarks.cases import CASE_SETS
 from benchmarks.environment import beside, default_stem
+from benchmarks.peers import select
 from benchmarks.real_models import PACK, ROOT, SOURCES, WEIGHTS, cache
 from benchmarks.run import UNFINISHED
 
 LIMIT_S = 470  # a call to the lent machine ends at 600 s, its install and start included
+LEAST_S = 1  # for which a command is begun
 KERNELS = "^_.*_kernel$"  # ours are called so, the library's are not
 # Of the tests at small sizes, with no allocation inside another: what runs out of its own is seen.
 SANITIZED = ("DILKERN_SMALL_TESTS=1", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")
@@ -35,6 +37,7 @@ PROFILED = (
     "llama-3-8b@8192-bfloat16-frozen",
     "llama-3-8b@8192-bfloat16-trainable",
 )
+LOCKS = ("cce", "cce-unfiltered")  # spin locks: should one hang, the others' rows are there
 # Result files that a repeated call continues, by step: what follows the stem.
 CONTINUED = {
     "suite": (".csv", ".json", "-ceilings.csv", "-ceilings.json", "-ceilings.md"),
@@ -60,6 +63,14 @@ def commands(step: str, stem: Path, tiny: bool) -> list[list[str]]:
     def by_size(at_tiny: str, full: str = "") -> list[str]:
         return at_tiny.split() if tiny else full.split()
 
+    def without_locks(names: str) -> str:
+        return f"--peers {','.join(p.name for p in select(names) if p.name not in LOCKS)}"
+
+    def with_locks(cases: str, result: str) -> list[list[str]]:
+        """cut-cross-entropy's kernels wait for one another: in a process and a time of their own."""
+        which = f"{cases} --peers {','.join(LOCKS)} --budget 90 --group-seconds 5 --out {result}"
+        return [] if tiny else [module("benchmarks.run", *here, *which.split())]
+
     pytest = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu"]
     # Hundreds of kernels are compiled, each once for all: the time of one process would not do.
     at_once = by_size("-q", "-n 8")
@@ -79,24 +90,27 @@ def commands(step: str, stem: Path, tiny: bool) -> list[list[str]]:
     if step == "suite":
         which = by_size(
             "--cases tiny --peers naive,dilkern-triton --rounds 1 --no-processes",
-            "--cases gpu --budget 400 --group-seconds 15",
+            f"--cases gpu {without_locks('all')} --budget 290 --group-seconds 15",
         )
         return [
             module("tools.ceilings", *small, *out("ceilings")),
             module("benchmarks.run", *here, *which, "--out", str(stem)),
+            *with_locks("--cases gpu", str(stem)),
             module("benchmarks.report", "goals", f"{stem}.csv", "--out", f"{stem}-goals.md"),
         ]
     if step == "weights":
         return [module("tools.pack", "unpack", *by_size("smollm2"))]
     if step == "filter":
         found = [name for name in SOURCES if any((cache() / name).glob("*.safetensors"))]
-        cases, peers = ",".join(f"{name}@8192" for name in found), CASE_SETS["filter-gpu"].peers
+        cases = ",".join(f"{name}@8192" for name in found) or "filter-gpu"
+        peers = without_locks(CASE_SETS["filter-gpu"].peers)
         which = by_size(
             "--cases tiny@64-float32-frozen --peers naive,filter-auto --rounds 1 --no-processes",
-            f"--cases {cases or 'filter-gpu'} --peers {peers} --budget 400 --group-seconds 15",
+            f"--cases {cases} {peers} --budget 290 --group-seconds 15",
         )
         return [
             module("benchmarks.run", *here, *which, *out("filter")),
+            *with_locks(f"--cases {cases}", f"{stem}-filter"),
             module("benchmarks.report", "goals", f"{stem}-filter.csv", *out("filter-goals.md")),
         ]
     if step == "tune":
@@ -124,21 +138,19 @@ def commands(step: str, stem: Path, tiny: bool) -> list[list[str]]:
             module("benchmarks.report", "draw", f"{stem}-scaling.csv"),
         ]
     if step == "pairs":
-        runs = [
-            by_size(
-                "--models smollm2 --losses dpo --pairs 2 --steps 1 --rounds 1 --max-length 200 "
-                "--variants trl,shared --no-processes",
-                # 8k tokens per step, TRL's padding not counted.
-                "--models smollm2,llama-3.2-1b --pairs 20",
-            ),
-            by_size(
-                "",
-                "--models qwen3-8b --pairs 20 --steps 1 "
-                "--variants trl,trl-logits,shared,shared+filter",
-            ),
+        few = "--steps 1 --variants trl,trl-logits,shared,shared+filter"
+        runs = [  # 8k tokens per step, TRL's padding not counted
+            f"--models {model} --losses {loss} --pairs 20 {few if model == 'qwen3-8b' else ''}"
+            for model in ("smollm2", "qwen3-8b", "llama-3.2-1b")
+            for loss in ("dpo", "lsif")
         ]
+        if tiny:
+            runs = [
+                "--models smollm2 --losses dpo --pairs 2 --steps 1 --rounds 1 --max-length 200 "
+                "--variants trl,shared --no-processes"
+            ]
         return [
-            *(module("benchmarks.pairs", *here, *r, *out("pairs")) for r in runs if r),
+            *(module("benchmarks.pairs", *here, *r.split(), *out("pairs")) for r in runs),
             module("benchmarks.report", "goals", f"{stem}-pairs.csv"),
         ]
     if step == "profile":
@@ -174,7 +186,10 @@ STEPS = {
 
 
 def execute(command: list[str], log: Path, limit: float) -> int:
-    """Run one command with its output here and in `log`; 124 if the limit ended it."""
+    """Run one command with its output here and in `log`; 124 if the limit ended it, 75 if before."""
+    if limit < LEAST_S:
+        print(f"no time is left for {' '.join(command)}")
+        return UNFINISHED
     settings = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("a") as file:
 

@@ -31,8 +31,8 @@ from dilkern.backends.word_filter import (
     QuietGradient,
     RowFilter,
     Sieve,
-    expected_words,
     joined,
+    sieve_of,
 )
 
 # A row's anchor is moved when a logit passes it by more than this: exp stays in range in every
@@ -186,8 +186,7 @@ def forward(
     u = hidden.new_empty(n_tokens if need_u else 0, width, dtype=u_dtype)
     sieve = None
     if filtered:
-        expected = expected_words(hidden, rows, labels, head, blocks)
-        sieve = Sieve(filter_eps, expected, need_quiet)
+        sieve = sieve_of(hidden, rows, labels, head, blocks, filter_eps, need_quiet)
     quiet: list[Quiet] = []
     for kept in row_blocks(0, n_tokens, blocks.kept):
         quiet += _pass(
@@ -225,7 +224,7 @@ def _pass(
             filters[i] = RowFilter(
                 sieve, y, _target_logits(h, head.gather(y, dtype), y, head, acc).z,
                 _block_logits(h, w_expected, head, sieve.expected, acc, False).z,
-                blocks, head.vocab_size,
+                head.vocab_size,
             )  # fmt: skip
         del w_expected
     for number, (start, end) in enumerate(blocks.words(head.vocab_size)):

@@ -36,8 +36,8 @@ from dilkern.backends.word_filter import (
     Cut,
     QuietGradient,
     Sieve,
-    expected_words,
     joined,
+    sieve_of,
     words_to_come,
 )
 from dilkern.kernels import configs
@@ -151,8 +151,9 @@ def forward(
     filtered = filter_eps > 0 and (need_u or need_quiet)
     quiet: list[Quiet] = []
     with on_device(hidden):
-        expected = expected_words(hidden, rows, labels, head, blocks) if filtered else labels[:0]
-        sieve = Sieve(filter_eps, expected, need_quiet) if filtered else None
+        sieve = None
+        if filtered:
+            sieve = sieve_of(hidden, rows, labels, head, blocks, filter_eps, need_quiet)
         for kept in row_blocks(0, n_tokens, blocks.kept):
             quiet += _pass(
                 hidden, rows[kept], labels[kept], head, blocks, own, sieve,
@@ -173,11 +174,9 @@ class _RowFilter:
         self._z_y = _logits(of_labels, head, labels)
         w = head.gather(sieve.expected, h.dtype)
         z = _logits(matmul(h, w.t(), torch.float32), head, sieve.expected)
-        self._peak, self._to_come = words_to_come(
-            labels, sieve.expected, z, blocks, head.vocab_size
-        )
+        self._peak, self._to_come = words_to_come(sieve, labels, z)
         self._is_label = torch.zeros(head.vocab_size, dtype=torch.bool, device=h.device)
-        self._is_label[labels] = True
+        self._is_label.index_fill_(0, labels, True)
         self._weights = z.new_empty(head.vocab_size if sieve.keep else blocks.vocab)
         self._mass = z.new_empty(self._to_come.shape if sieve.keep else (1, n))
         self._anchors = torch.empty_like(self._mass)

@@ -97,33 +97,46 @@ def expected_words(
     return ascending
 
 
-def words_to_come(
-    labels: Tensor,  # (n,)
-    expected: Tensor,  # (k,) ascending words
-    z: Tensor,  # (n, k) their logits, overwritten
-    blocks: Blocks,
-    vocab_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Return the peak (n,) of the expected wrong words, and (blocks, n) what is yet to come.
-
-    That is the sum of exp(z - peak) over those after each block.
-    """
-    z.masked_fill_(expected == labels.unsqueeze(1), -torch.inf)
-    peak = z.new_full((z.shape[0],), torch.finfo(z.dtype).min)
-    if expected.numel():
-        peak = torch.maximum(peak, z.amax(1))
-    ends = torch.tensor([end for _, end in blocks.words(vocab_size)], device=z.device)
-    # Not by a running sum, of which CUDA has no deterministic one.
-    later = (expected >= ends.unsqueeze(1)).to(z.dtype)
-    return peak, later @ z.sub_(peak.unsqueeze(1)).exp_().t()
-
-
 class Sieve(NamedTuple):
     """What the filter of every block of rows is told."""
 
     eps: float  # mean probability over the rows below which a word is quiet
     expected: Tensor  # (k,) ascending words
+    ends: Tensor  # (blocks,) of the blocks of words
     keep: bool  # whether the head will ask for `Quiet`
+
+
+def sieve_of(
+    hidden: Tensor,  # (R, D)
+    rows: Tensor,  # (N,)
+    labels: Tensor,  # (N,)
+    head: HeadView,
+    blocks: Blocks,
+    eps: float,
+    keep: bool,
+) -> Sieve:
+    """Look at the whole batch, once for a pass: the device is waited for here, and not after it."""
+    expected = expected_words(hidden, rows, labels, head, blocks)
+    ends = [end for _, end in blocks.words(head.vocab_size)]
+    return Sieve(eps, expected, torch.tensor(ends, device=hidden.device), keep)
+
+
+def words_to_come(
+    sieve: Sieve,
+    labels: Tensor,  # (n,)
+    z: Tensor,  # (n, k) logits of the expected words, overwritten
+) -> tuple[Tensor, Tensor]:
+    """Return the peak (n,) of the expected wrong words, and (blocks, n) what is yet to come.
+
+    That is the sum of exp(z - peak) over those after each block.
+    """
+    z.masked_fill_(sieve.expected == labels.unsqueeze(1), -torch.inf)
+    peak = z.new_full((z.shape[0],), torch.finfo(z.dtype).min)
+    if z.shape[1]:
+        peak = torch.maximum(peak, z.amax(1))
+    # Not by a running sum, of which CUDA has no deterministic one.
+    later = (sieve.expected >= sieve.ends.unsqueeze(1)).to(z.dtype)
+    return peak, later @ z.sub_(peak.unsqueeze(1)).exp_().t()
 
 
 class RowFilter:
@@ -134,7 +147,6 @@ class RowFilter:
         labels: (n,); these words are loud.
         z_y: (n,) their logits.
         z: (n, k) logits of the expected words, overwritten.
-        blocks: how the words are cut.
         vocab_size: V.
     """
 
@@ -144,13 +156,12 @@ class RowFilter:
         labels: Tensor,
         z_y: Tensor,
         z: Tensor,
-        blocks: Blocks,
         vocab_size: int,
     ) -> None:
         self._eps, self._z_y, self.keep = sieve.eps, z_y, sieve.keep
         self._is_label = torch.zeros(vocab_size, dtype=torch.bool, device=z.device)
-        self._is_label[labels] = True
-        self._peak, self._to_come = words_to_come(labels, sieve.expected, z, blocks, vocab_size)
+        self._is_label.index_fill_(0, labels, True)
+        self._peak, self._to_come = words_to_come(sieve, labels, z)
         self._weights = z.new_full((vocab_size if sieve.keep else 0,), -1)
         self._mass = torch.zeros_like(self._to_come[: None if sieve.keep else 0])
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.backends import cuda
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,6 +24,20 @@ from dilkern.integrations.rows import PackedRow, Segments, gather
 
 _Attention = Callable[..., tuple[Tensor, Any]]
 _EAGER: set[type] = set()  # models whose own eager function has been taught
+
+
+def _many_shapes(query: Tensor) -> AbstractContextManager[Any]:
+    """Keep cuDNN, which makes a plan for each shape, in a second or so, from calls of many shapes.
+
+    On Hopper and Blackwell torch gives it precedence where it is allowed.
+    """
+    others = {
+        SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.MATH: cuda.math_sdp_enabled(),
+    }
+    allowed = [backend for backend, is_on in others.items() if is_on]
+    return sdpa_kernel(allowed) if query.is_cuda and allowed else nullcontext()
 
 
 def _by_segment(
@@ -86,7 +103,8 @@ def _taught(base: _Attention, by_boundaries: bool) -> _Attention:
         segments.windows.add(window)
         if by_boundaries:
             return _varlen(base, module, query, key, value, segments, options), None
-        output = _by_segment(base, module, query, key, value, segments, window, options)
+        with _many_shapes(query):
+            output = _by_segment(base, module, query, key, value, segments, window, options)
         return output, None
 
     attention._takes_packed_rows = True  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import environment, real_models, report, run, tables, train_step
+from benchmarks import environment, measure, real_models, report, run, tables, train_step
 from benchmarks.cases import CASE_SETS, HEADS, MODES, Case, Inputs, make_inputs
 from benchmarks.environment import append_rows, read_rows
 from benchmarks.measure import Plan, Timing, Worker, WorkerFailed, interleave, measure_group, spread
@@ -312,6 +312,50 @@ def test_a_run_resumes_and_keeps_its_budget(
     about = json.loads(stem.with_name("result.json").read_text())
     assert len(about["calls"]) == 3
     assert {"commit", "dirty", "versions", "cpu", "threads", "inputs"} <= set(about["calls"][0])
+
+
+def test_a_lost_device_costs_its_peer_a_row_and_the_others_a_new_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: list[str] = []
+
+    def broken(x: Inputs) -> torch.Tensor:
+        lost.append("device")
+        raise RuntimeError("an illegal memory access was encountered")
+
+    wild = replace(PEERS["naive"], name="wild", call=broken)
+    monkeypatch.setattr(measure, "device_is_lost", lambda: bool(lost))
+    (case,), stem = CASE_SETS["tiny"].cases[:1], tmp_path / "result"
+    peers = [PEERS["naive"], wild, PEERS["naive-ce"]]
+    assert not run.run([case], peers, CPU, stem, QUICK, remote=False)
+    (row,) = read_rows(tmp_path / "result.csv")
+    assert (row["peer"], row["status"]) == ("wild", "error") and "illegal" in row["reason"]
+    lost.clear()
+    assert run.run([case], peers, CPU, stem, QUICK, remote=False)
+    rows = {row["peer"]: row["status"] for row in read_rows(tmp_path / "result.csv")}
+    assert rows == {"wild": "error", "naive": "ok", "naive-ce": "ok"}
+
+
+def test_the_longest_sequence_is_kept_by_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that is cut off leaves the methods that it has done."""
+    asked: list[str] = []
+
+    def under(setup: Any, method: str, cap_gib: float, *rest: Any) -> list[dict[str, Any]]:
+        asked.append(method)
+        if method == "trl" and asked.count("trl") == 1:
+            raise KeyboardInterrupt
+        row = {"model": setup.model, "method": method, "cap_gib": cap_gib, "length": 8}
+        return [row | {"status": "ok"}]
+
+    monkeypatch.setattr(train_step, "longest_under", under)
+    options = {"models": "micro", "cap_gib": 24, "out": tmp_path / "r"}
+    with pytest.raises(KeyboardInterrupt):
+        train_step.main(device="cpu", **options)
+    train_step.main(device="cpu", **options)
+    assert asked == ["naive", "trl", "trl", "dilkern"]
+    assert [row["method"] for row in read_rows(tmp_path / "r.csv")] == list(train_step.METHODS)
 
 
 def test_a_failed_harness_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

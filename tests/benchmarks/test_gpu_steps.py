@@ -178,7 +178,7 @@ def test_a_step_continues_its_own_results(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(SystemExit) as stopped:
         gpu.main("suite", tmp_path / "out", tiny=False, limit=1)
     assert stopped.value.code == run.UNFINISHED
-    assert calls == ["tools.ceilings", "benchmarks.run", "benchmarks.report"]
+    assert calls == ["tools.ceilings", *["benchmarks.run"] * 2, "benchmarks.report"]
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"day-commit.csv", "day-commit.json"}
     monkeypatch.setattr(gpu, "execute", lambda *unused: 3)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -187,8 +187,19 @@ def test_a_step_continues_its_own_results(tmp_path: Path, monkeypatch: pytest.Mo
     assert os.environ["TRITON_INTERPRET"] == "1" and not list((tmp_path / "tiny").iterdir())
 
 
+def test_peers_that_could_hang_come_last_and_alone() -> None:
+    for step in ("suite", "filter"):
+        first, last = (
+            set(command[command.index("--peers") + 1].split(","))
+            for command in gpu.commands(step, Path("stem"), False)
+            if "benchmarks.run" in command
+        )
+        assert last == set(gpu.LOCKS) and not first & last and {"naive", "trl"} <= first
+
+
 def test_a_command_that_outlasts_its_limit_is_stopped_and_logged(tmp_path: Path) -> None:
     log = tmp_path / "x.log"
+    assert gpu.execute(["false"], log, 0) == run.UNFINISHED and not log.exists()
     assert gpu.execute(["bash", "-c", "echo begun; sleep 60"], log, 1) == 124
     assert "begun" in log.read_text() and "[exit 124" in log.read_text()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,18 @@ def test_all_trainers_take_the_same_steps(model: Path, tmp_path: Path) -> None:
     assert f"({found['shared']['pairs_per_s'] / best['pairs_per_s']:.2f} x)" in text.read_text()
     assert picture.stat().st_size > 0 and sharing.stat().st_size > 0
     assert [row["variant"] for row in read_rows(tmp_path / "r.csv")] == EXACT
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_big_model_is_checkpointed(model: Path, tmp_path: Path) -> None:
+    """As in training, which its trainer's own loop sees to and a step alone does not."""
+    for name in ("small", "of-8b"):
+        folder = shutil.copytree(model, tmp_path / name)
+        asked = setup(folder, steps=1)
+        trainer = pairs.make_trainer(
+            "shared", asked, pairs.draw_pairs(asked), str(tmp_path / "out")
+        )
+        assert trainer.model.is_gradient_checkpointing == asked.is_big == (name == "of-8b")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -2,16 +2,19 @@
 
 import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import tiny_models as tiny
 import torch
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from dilkern import Objective
+from dilkern.integrations.attention import _many_shapes
 from dilkern.integrations.packing import check_packing
 from dilkern.integrations.rows import pack
 from dilkern.integrations.transformers import compute_loss, install_head
@@ -539,3 +542,17 @@ def test_real_weights_on_real_pairs():
     torch.testing.assert_close(have[0], want[0], rtol=0, atol=2e-4)
     apart = torch.stack([(have[1][name] - g).norm() for name, g in want[1].items()]).norm()
     assert apart <= 1e-4 * torch.stack([g.norm() for g in want[1].values()]).norm()
+
+
+def test_cudnn_has_no_part_in_calls_of_many_shapes():
+    """Its plans are per shape; what else the user has allowed stays."""
+    on_gpu = types.SimpleNamespace(is_cuda=True)
+    found = torch.backends.cuda
+    with _many_shapes(on_gpu):
+        assert not found.cudnn_sdp_enabled()
+        assert found.flash_sdp_enabled() and found.math_sdp_enabled()
+    assert found.cudnn_sdp_enabled()
+    with sdpa_kernel(SDPBackend.MATH), _many_shapes(on_gpu):
+        assert found.math_sdp_enabled() and not found.flash_sdp_enabled()
+    with _many_shapes(types.SimpleNamespace(is_cuda=False)):
+        assert found.cudnn_sdp_enabled()

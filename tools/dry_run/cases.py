@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dilkern import lm_head
 from dilkern.backends import triton as backend
+from dilkern.backends import word_filter
 from dilkern.kernels import configs, h_functions
 from dilkern.kernels.sequence_loss import sequence_loss
 from dilkern.losses import LOSSES
@@ -118,7 +119,7 @@ def _run_filter(case: Case) -> Iterator[str]:
     yield "forward without the filter"
     # Which words are expected is found on the host.
     expected = _meta(min(v, 1000), dtype=torch.int64)
-    with mock.patch.object(backend, "expected_words", lambda *_: expected):
+    with mock.patch.object(word_filter, "expected_words", lambda *_: expected):
         backend.forward(hidden, rows, labels, head, filter_eps=2**-19, need_quiet=True, **sizes)
     yield "forward with the filter"
 
