@@ -27,7 +27,7 @@ _EAGER: set[type] = set()  # models whose own eager function has been taught
 
 
 def _many_shapes(query: Tensor) -> AbstractContextManager[Any]:
-    """Keep cuDNN, which makes a plan for each shape, in a second or so, from calls of many shapes.
+    """Keep cuDNN, which makes a plan for each shape that it meets, from calls of many shapes.
 
     On Hopper and Blackwell torch gives it precedence where it is allowed.
     """
