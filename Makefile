@@ -99,8 +99,8 @@ bench: install
 	$(BIN)/python -m benchmarks.train_step --rounds 5
 	$(BIN)/python -m benchmarks.report draw $(call NEWEST,-v -e claim -e packed -e scaling -e steps)
 
-# On a GPU of your own: every step of docs/dev/gpu.md, each call under 8 minutes, results in OUT; one
-# step: make gpu-suite. For a GPU machine without network: make gpu-pack prints what to run there.
+# On a GPU of your own: every step of docs/dev/gpu.md but sanitize, for which NVIDIA's checker must be
+# there; each call under 8 minutes, results in OUT; one step: make gpu-suite. For a GPU machine without network: make gpu-pack prints what to run there.
 OUT ?= out/gpu
 GPU_STEPS := tests suite weights filter tune pairs steps longest scaling profile
 bench-gpu: $(GPU_STEPS:%=gpu-%)

@@ -28,7 +28,6 @@ from benchmarks.real_models import PACK, ROOT, SOURCES, WEIGHTS, cache
 from benchmarks.run import UNFINISHED
 
 LIMIT_S = 470  # a call to the lent machine ends at 600 s, its install and start included
-LEAST_S = 1  # for which a command is begun
 KERNELS = "^_.*_kernel$"  # ours are called so, the library's are not
 # Of the tests at small sizes, with no allocation inside another: what runs out of its own is seen.
 SANITIZED = ("DILKERN_SMALL_TESTS=1", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")
@@ -72,7 +71,7 @@ def commands(step: str, stem: Path, tiny: bool) -> list[list[str]]:
         return [] if tiny else [module("benchmarks.run", *here, *which.split())]
 
     pytest = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu"]
-    # Hundreds of kernels are compiled, each once for all: the time of one process would not do.
+    # Hundreds of kernels are compiled, each once for all processes.
     at_once = by_size("-q", "-n 8")
     if step == "tests":
         return [[*pytest, *at_once, *by_size("-k nf4_bits"), "tests/gpu", "tests/heads"]]
@@ -187,7 +186,7 @@ STEPS = {
 
 def execute(command: list[str], log: Path, limit: float) -> int:
     """Run one command with its output here and in `log`; 124 if the limit ended it, 75 if before."""
-    if limit < LEAST_S:
+    if limit < 1:
         print(f"no time is left for {' '.join(command)}")
         return UNFINISHED
     settings = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
@@ -201,7 +200,7 @@ def execute(command: list[str], log: Path, limit: float) -> int:
         say(f"$ {' '.join(command)}\n")
         start = time.monotonic()
         with subprocess.Popen(
-            ["timeout", "-k", "5", f"{max(1, limit):.0f}", *command],
+            ["timeout", "-k", "5", f"{limit:.0f}", *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -208,7 +208,6 @@ def test_the_pack_is_pinned_measured_and_comes_whole(
     packed: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert pack.pinned("trl") == "trl==1.16.0" and pack.pinned("dill") == "dill"
     fetched, weights = [], os.urandom(3 * 2**19)

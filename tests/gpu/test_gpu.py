@@ -269,6 +269,17 @@ def test_a_sequence_of_nan_has_a_gradient_of_nan(name):
     assert lost.all(1).tolist() == lost.any(1).tolist() == want
 
 
+def test_a_bias_of_nan_leaves_no_gradient(product):
+    """Of the row whose label has it neither, where it is no wrong word."""
+    h, w, b, labels, _ = make(sized((300, 5000, 1030), (9, 40, 33)), torch.bfloat16, bias=True)
+    labels.copy_(torch.arange(len(labels), device=DEVICE))
+    b[2] = float("nan")
+    leaf = h.requires_grad_()
+    got = linear_logps(leaf, DenseHead(w, b), labels, backend="triton")
+    got.sum().backward()
+    assert got.isnan().all() and leaf.grad.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nf4_bits(dtype):
     torch.manual_seed(0)
